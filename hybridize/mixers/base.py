@@ -1,0 +1,299 @@
+"""The base of the mixers: what every one of them shares, and the one method most of them write.
+
+A mixer takes the place of a decoder layer's attention. The base class does the projections, the q/k norms, the head
+split, positions under padding and the cache; `mix` does what makes one mixer different from another.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from hybridize.errors import UsageError
+from hybridize.families.base import AttentionGeometry, AttentionView
+from hybridize.mixers.configs.base import MixerConfig
+
+NEW_PARAMETERS = "hz_new"
+"""Name of the submodule that holds a mixer's new parameters: LoRA, saving and loading find them by it."""
+
+
+class Rope:
+    """Rotary position embedding for tensors [B, T, H, D].
+
+    Args:
+        cos, sin: [B or 1, T, R] with R <= D rotated dimensions, as transformers' rotary modules return them.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos.unsqueeze(2)  # [B, T, 1, R]
+        self.sin = sin.unsqueeze(2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rotated_size = self.cos.shape[-1]
+        rotated, passed = x[..., :rotated_size], x[..., rotated_size:]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = rotated * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)
+
+
+class MixerState(CacheLayerMixin):
+    """Decoding state of one mixer; it is a layer of a transformers cache.
+
+    Every tensor of the state has the batch in dimension 0 and lives in `tensors`, so that beams, repetition and
+    selection are done here once.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.seen_tokens = 0
+        """Columns passed through so far, padding included."""
+        self._empty = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.is_initialized = True
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.tensors[name] = value
+
+    def bytes_per_sequence(self) -> int:
+        """Bytes held for one sequence of the batch."""
+        return sum(t.numel() * t.element_size() // max(t.shape[0], 1) for t in self.tensors.values())
+
+    # The transformers cache protocol.
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the state is made whole by the mixer."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise UsageError(
+            f"{type(self).__name__} belongs to a mixer and cannot store an attention layer's keys.",
+            hint="Use a fresh cache for every model.",
+        )
+
+    def get_seq_length(self) -> int:
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        batch = next(iter(self.tensors.values())).shape[0] if self.tensors else 0
+        self.tensors = {name: empty[:1].expand(batch, *empty.shape[1:]).clone() for name, empty in self._empty.items()}
+        self.seen_tokens = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.tensors = {name: t.index_select(0, indices.to(t.device)) for name, t in self.tensors.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in self.tensors.items()}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UsageError(
+                "the state of a hybrid cannot be rolled back: evicted and summarised tokens are gone.",
+                hint="Assisted decoding and prompt lookup are not available; start from a saved state instead.",
+            )
+
+    def offload(self) -> None:
+        self.tensors = {name: t.to("cpu", non_blocking=True) for name, t in self.tensors.items()}
+
+    def prefetch(self) -> None:
+        self.tensors = {name: t.to(self._empty[name].device, non_blocking=True) for name, t in self.tensors.items()}
+
+
+class Mixer(nn.Module):
+    """Base of the mixers.
+
+    A subclass sets `config_class`, builds its new parameters as ONE module in `build_new` (or returns None), and
+    writes `mix`, `new_state` and, where the teacher tells more than its projections, `initialise`.
+
+    Args:
+        config: the mixer's configuration.
+        geometry: sizes of the model.
+        layer_index: position in the stack.
+        scale: the teacher's factor on q·k.
+        q_norm, k_norm: norms over the head, or None.
+    """
+
+    config_class: ClassVar[type[MixerConfig]]
+
+    def __init__(
+        self,
+        config: MixerConfig,
+        geometry: AttentionGeometry,
+        layer_index: int,
+        scale: float,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.geometry = geometry
+        self.layer_idx = layer_index
+        self.scale = scale
+        width = geometry.hidden_size
+        query_width = geometry.num_query_heads * geometry.head_size
+        key_width = geometry.num_key_heads * geometry.head_size
+        q_bias, k_bias, v_bias, o_bias = geometry.projection_bias
+        self.q_proj = nn.Linear(width, query_width, bias=q_bias)
+        self.k_proj = nn.Linear(width, key_width, bias=k_bias)
+        self.v_proj = nn.Linear(width, key_width, bias=v_bias)
+        self.o_proj = nn.Linear(query_width, width, bias=o_bias)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        new = self.build_new()
+        if new is not None:
+            self.add_module(NEW_PARAMETERS, new)
+        self.auxiliary: dict[str, Tensor] = {}
+        """Named auxiliary losses of the last training forward (eviction budget, ...)."""
+
+    @classmethod
+    def from_attention(cls, view: AttentionView, config: MixerConfig) -> Self:
+        """Builds the mixer from the teacher's attention: its projections and norms are taken over, not copied, and
+        the new parameters are set so that the swapped layer starts close to the teacher."""
+        with torch.device("meta"):
+            mixer = cls(config, view.geometry, view.layer_index, view.scale, view.q_norm, view.k_norm)
+        mixer.q_proj, mixer.k_proj = view.q_proj, view.k_proj
+        mixer.v_proj, mixer.o_proj = view.v_proj, view.o_proj
+        if mixer.new is not None:
+            weight = view.q_proj.weight
+            mixer.new.to_empty(device=weight.device)
+            mixer.new.to(weight.dtype)
+            mixer.initialise_new()
+        return mixer
+
+    @property
+    def new(self) -> Any:
+        """The module of new parameters, or None."""
+        return getattr(self, NEW_PARAMETERS, None)
+
+    # What a mixer writes.
+
+    def build_new(self) -> nn.Module | None:
+        """The module of new parameters and buffers, uninitialised."""
+        return None
+
+    def initialise_new(self) -> None:
+        """Sets every new parameter and buffer in place (called on allocated tensors; also by `_init_weights`)."""
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        rope: Rope,
+        state: MixerState | None,
+        positions: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Moves information between positions.
+
+        Args:
+            q: [B, T, HQ, D] queries, before RoPE. k, v: [B, T, H, D], k before RoPE.
+            hidden_states: [B, T, hidden_size], the layer's input.
+            rope: applies the rotary embedding to [B, T, *, D].
+            state: None in training; else it is read and written: prefill, append or decode by T.
+            positions: [B, T] index of each token among the real tokens of its row, -1 for padding.
+
+        Returns:
+            [B, T, HQ, D], and named auxiliary losses (scalars), empty outside training.
+        """
+        raise NotImplementedError
+
+    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
+        """An empty decoding state whose size is what `config.state_bytes` promises."""
+        raise NotImplementedError
+
+    def schedule(self, progress: float, sequence_tokens: int) -> None:
+        """Told by the trainer before each step: `progress` in 0..1 of the stage's ramp (1 = final setting)."""
+
+    def after_step(self) -> None:
+        """Told by the trainer after each optimiser step (controllers update here)."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the trainer logs of this mixer (kept tokens a head, ...)."""
+        return {}
+
+    # What the base does.
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        token_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The signature of transformers' attention modules; `attention_mask` is unused (see `token_positions`).
+
+        Args:
+            hidden_states: [B, T, hidden_size].
+            position_embeddings: (cos, sin), each [B or 1, T, R].
+            past_key_values: a transformers cache, or None in training.
+            token_positions: [B, T] as in `mix`; None means that nothing is padding.
+        """
+        batch, num_tokens, _ = hidden_states.shape
+        head_size = self.geometry.head_size
+        q = self.q_proj(hidden_states).view(batch, num_tokens, -1, head_size)
+        k = self.k_proj(hidden_states).view(batch, num_tokens, -1, head_size)
+        v = self.v_proj(hidden_states).view(batch, num_tokens, -1, head_size)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        state = None if past_key_values is None else self.claim_state(past_key_values, batch, k)
+        if token_positions is None:
+            first = 0 if state is None else state.seen_tokens
+            token_positions = torch.arange(first, first + num_tokens, device=q.device).expand(batch, -1)
+        assert position_embeddings is not None
+        out, auxiliary = self.mix(q, k, v, hidden_states, Rope(*position_embeddings), state, token_positions)
+        self.auxiliary = auxiliary
+        if state is not None:
+            state.seen_tokens += num_tokens
+        return self.o_proj(out.reshape(batch, num_tokens, -1)), None
+
+    def claim_state(self, cache: Any, batch: int, like: Tensor) -> MixerState:
+        """This mixer's layer of the cache, made on first use.
+
+        Raises:
+            UsageError: the cache is static, or its layer already holds another model's keys.
+        """
+        while len(cache.layers) <= self.layer_idx:
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[self.layer_idx]
+        if isinstance(layer, MixerState):
+            return layer
+        if layer.is_compileable or getattr(layer, "max_cache_len", None) is not None:
+            raise UsageError(
+                "a hybrid keeps its own fixed-size state and cannot use a static cache.",
+                where=f"layer {self.layer_idx}",
+                hint="Leave cache_implementation unset.",
+            )
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            raise UsageError(
+                "the cache already holds keys of another model.",
+                where=f"layer {self.layer_idx}",
+                hint="Use a fresh cache for every model.",
+            )
+        state = self.new_state(batch, like.device, like.dtype)
+        cache.layers[self.layer_idx] = state
+        return state
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer_idx}, {self.config}"

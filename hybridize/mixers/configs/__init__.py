@@ -1,0 +1,1 @@
+"""The torch-free halves of the mixers."""
