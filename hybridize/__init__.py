@@ -1,6 +1,6 @@
 """hybridize: pretrained Transformers into hybrids.
 
-The verbs of the command line are also functions of the same names: `plan`, `convert`, `distill`, `export`, `evaluate`.
+The verbs of the command line are also functions of the same names (`from hybridize.plan import plan` for the first).
 They are loaded on first use, so that importing the package costs nothing.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
-    "plan": "hybridize.plan",
     "convert": "hybridize.model.convert",
     "load": "hybridize.model.load",
     "distill": "hybridize.distillation.run",

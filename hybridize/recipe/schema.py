@@ -1,0 +1,336 @@
+"""What a recipe says, as frozen dataclasses: the field names are the keys of the YAML file.
+
+Ranges are checked in `__post_init__`; the reader turns a RecipeError raised there into one with file and line. The
+options of a mixer are not known here (its own configuration class checks them); they are carried as they were written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hybridize.errors import RecipeError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise RecipeError(message, where=key)
+
+
+def _positive(value: float, key: str) -> None:
+    _require(math.isfinite(value) and value > 0, key, f"must be positive, is {value}.")
+
+
+@dataclass(frozen=True)
+class MixerChoice:
+    """A mixer and its options, as written under `mixers:` or in a layer rule."""
+
+    mixer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Which layers a mixer takes. Exactly one of `indices`, `range`, `every` is given.
+
+    Attributes:
+        use: a name from `mixers:`, or a mixer's own name with its default options.
+        indices: layer numbers from 0.
+        range: "first-last", both included.
+        every, offset: layers offset, offset + every, ...
+    """
+
+    use: str
+    indices: tuple[int, ...] | None = None
+    range: str | None = None
+    every: int | None = None
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("indices", "range", "every") if getattr(self, key) is not None]
+        _require(len(given) == 1, "layers", "a rule needs exactly one of indices, range, every.")
+        if self.every is not None:
+            _require(self.every >= 1, "every", f"must be at least 1, is {self.every}.")
+            _require(0 <= self.offset < self.every, "offset", f"must be in 0..{self.every - 1}, is {self.offset}.")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Either a `pattern` of names repeated over the depth ("G T G T"), or `rules`. Layers that no rule names keep
+    full attention.
+
+    The letters G, T, S, N, F stand for gated_delta_net, token_eviction, sliding_window, native_sparse_attention and
+    full_attention unless `mixers:` gives them another meaning.
+    """
+
+    pattern: str | None = None
+    rules: tuple[LayerRule, ...] = ()
+    allow_no_full_attention: bool = False
+    """Opt-in: no layer of the hybrid can look at every past token directly."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.pattern is None) != (not self.rules), "layers", "give either a pattern or a list of rules, not both."
+        )
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents to read.
+
+    Attributes:
+        path: files below the recipe's folder (glob allowed), an absolute path, or the name of a Hub data set.
+        format: "text" (one document a file, or NUL-separated), "jsonl", "parquet" or "hub"; None: by the file ending.
+        column: the field that holds the text (jsonl, parquet, hub).
+        config, split, revision: of a Hub data set.
+        weight: share in the mixture relative to the other sources.
+        name: label in reports; default: made from the path.
+    """
+
+    path: str
+    format: Literal["text", "jsonl", "parquet", "hub"] | None = None
+    column: str = "text"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    weight: float = 1.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self.weight, "weight")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out documents. Without `held_out` sources, a share of the training documents is held out."""
+
+    train: tuple[TextSource, ...]
+    held_out: tuple[TextSource, ...] = ()
+    held_out_share: float = 0.05
+    sequence_tokens: int = 1024
+    """Length of a training sequence; documents are packed, separated by the end-of-sequence token."""
+    shuffle_documents: int = 1000
+    """Size of the shuffle buffer, in documents."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.train) > 0, "train", "needs at least one source.")
+        _require(0 <= self.held_out_share < 1, "held_out_share", f"must be in 0..1, is {self.held_out_share}.")
+        _require(self.sequence_tokens >= 2, "sequence_tokens", f"must be at least 2, is {self.sequence_tokens}.")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the teacher's weights."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank", f"must be at least 1, is {self.rank}.")
+        _positive(self.alpha, "alpha")
+        _require(0 <= self.dropout < 1, "dropout", f"must be in 0..1, is {self.dropout}.")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of the losses of a distill or adapt stage.
+
+    Attributes:
+        kl: divergence of the student's next-token distribution from the teacher's.
+        direction: forward KL(teacher || student), reverse, or the mean of both.
+        temperature: of both softmaxes.
+        hidden: mean squared error between the last hidden states, relative to the teacher's power.
+        cross_entropy: next-token loss on the text itself.
+        auxiliary: factor on the mixers' own losses (eviction budget).
+    """
+
+    kl: float = 1.0
+    direction: Literal["forward", "reverse", "mixed"] = "forward"
+    temperature: float = 1.0
+    hidden: float = 0.0
+    cross_entropy: float = 0.0
+    auxiliary: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self.temperature, "temperature")
+        for key in ("kl", "hidden", "cross_entropy", "auxiliary"):
+            value = getattr(self, key)
+            _require(math.isfinite(value) and value >= 0, key, f"must be zero or positive, is {value}.")
+        _require(self.kl + self.hidden + self.cross_entropy > 0, "loss", "every weight is zero: nothing to learn from.")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The eviction budget falls linearly from the sequence length to its final value between two shares of a stage."""
+
+    start: float = 0.0
+    end: float = 0.7
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.start < self.end <= 1, "ramp", f"needs 0 <= start < end <= 1, is {self.start}..{self.end}.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the distillation.
+
+    Attributes:
+        kind: "align": every mixer learns its teacher layer's output from the teacher's own input, no gradient between
+            layers. "distill": the whole hybrid learns the teacher's logits. "adapt": like distill, by default with
+            cross entropy, for longer context.
+        steps: optimiser steps.
+        batch_sequences: sequences a step and process, before accumulation.
+        accumulate: micro-batches added up before an optimiser step.
+        learning_rate: peak; warms up over `warmup_steps`, then cosine to `final_share` of it.
+        projection_learning_rate: peak for projections trained in full and adapters; None: as `learning_rate`.
+        passes: align only: optimiser steps on each captured batch of teacher inputs.
+        lora: adapters; None: the old weights stay frozen. Ignored by align.
+        sequence_tokens: None: that of `data`.
+    """
+
+    name: str
+    kind: Literal["align", "distill", "adapt"]
+    steps: int
+    batch_sequences: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    projection_learning_rate: float | None = None
+    final_share: float = 0.1
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    passes: int = 1
+    sequence_tokens: int | None = None
+    lora: Lora | None = None
+    loss: Loss = field(default_factory=Loss)
+    budget_ramp: Ramp | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_sequences", "accumulate", "passes"):
+            _require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}.")
+        _positive(self.learning_rate, "learning_rate")
+        if self.projection_learning_rate is not None:
+            _positive(self.projection_learning_rate, "projection_learning_rate")
+        _positive(self.clip_norm, "clip_norm")
+        _require(0 <= self.final_share <= 1, "final_share", f"must be in 0..1, is {self.final_share}.")
+        _require(0 <= self.warmup_steps < self.steps, "warmup_steps", f"must be in 0..{self.steps - 1}.")
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "must be zero or positive."
+        )
+
+
+@dataclass(frozen=True)
+class Distill:
+    """How the hybrid is trained."""
+
+    stages: tuple[Stage, ...]
+    precision: Precision = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 where the device computes it natively. Trained weights and
+    optimiser states are float32 either way."""
+    gradient_checkpointing: bool = False
+    save_every_steps: int = 100
+    keep_checkpoints: int = 2
+    log_every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        _require(len(self.stages) > 0, "stages", "needs at least one stage.")
+        names = [stage.name for stage in self.stages]
+        _require(len(set(names)) == len(names), "stages", f"stage names must differ: {', '.join(names)}.")
+        for key in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
+            _require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}.")
+
+
+@dataclass(frozen=True)
+class Export:
+    """The exported folder."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_shard_bytes: int = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class PerplexityProbe:
+    """Perplexity by position over held-out documents."""
+
+    context_tokens: int = 1024
+    max_windows: int = 8
+    """Windows of context_tokens a source."""
+    position_edges: tuple[int, ...] = (0, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class RecallProbe:
+    """Single-needle recall in the manner of RULER (arXiv 2404.06654), S-NIAH 1 to 3."""
+
+    kinds: tuple[Literal["niah_single_1", "niah_single_2", "niah_single_3"], ...] = (
+        "niah_single_1",
+        "niah_single_2",
+        "niah_single_3",
+    )
+    lengths: tuple[int, ...] = (1024, 4096)
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    samples: int = 2
+    """Needles for each kind, length and depth."""
+
+
+@dataclass(frozen=True)
+class AgreementProbe:
+    """KL divergence and top-1 agreement with the teacher, by source of text."""
+
+    context_tokens: int = 1024
+    max_windows: int = 8
+
+
+@dataclass(frozen=True)
+class SamplesProbe:
+    """Greedy continuations by student and teacher, side by side."""
+
+    prompts: tuple[str, ...] = ("The history of the printing press begins with",)
+    new_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What is measured after the export. A probe set to null is left out."""
+
+    context_tokens: int = 8192
+    """Context length for the state bytes."""
+    batch_sequences: int = 1
+    precision: Precision = "auto"
+    perplexity: PerplexityProbe | None = field(default_factory=PerplexityProbe)
+    recall: RecallProbe | None = field(default_factory=RecallProbe)
+    agreement: AgreementProbe | None = field(default_factory=AgreementProbe)
+    samples: SamplesProbe | None = field(default_factory=SamplesProbe)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe file.
+
+    Attributes:
+        model: the teacher: a folder, a Hub id `org/name@revision`, a `.gguf` file, or `package:NAME`.
+        layers: which layer gets which mixer.
+        mixers: named settings that `layers` refers to.
+        dtype: type of the converted weights; auto: that of the checkpoint (float32 for GGUF).
+    """
+
+    model: str
+    layers: LayerPlan
+    version: int = 1
+    mixers: Mapping[str, MixerChoice] = field(default_factory=dict)
+    dtype: Precision = "auto"
+    seed: int = 0
+    data: Data | None = None
+    distill: Distill | None = None
+    export: Export = field(default_factory=Export)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def __post_init__(self) -> None:
+        _require(self.version == 1, "version", f"this hybridize reads version 1 recipes, not {self.version}.")
+        _require(bool(self.model.strip()), "model", "is empty.")
