@@ -190,7 +190,6 @@ class Stage:
         learning_rate: peak; warms up over `warmup_steps`, then cosine to `final_share` of it.
         projection_learning_rate: peak for projections trained in full and adapters; None: as `learning_rate`.
         passes: align only: optimiser steps on each captured batch of teacher inputs.
-        lora: adapters; None: the old weights stay frozen. Ignored by align.
         sequence_tokens: None: that of `data`.
     """
 
@@ -207,7 +206,6 @@ class Stage:
     clip_norm: float = 1.0
     passes: int = 1
     sequence_tokens: int | None = None
-    lora: Lora | None = None
     loss: Loss = field(default_factory=Loss)
     budget_ramp: Ramp | None = None
 
@@ -227,9 +225,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Distill:
-    """How the hybrid is trained."""
+    """How the hybrid is trained. Mixers are trained in every stage; `lora` (None: the old weights stay frozen) in
+    every stage but align."""
 
     stages: tuple[Stage, ...]
+    lora: Lora | None = None
     precision: Precision = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 where the device computes it natively. Trained weights and
     optimiser states are float32 either way."""
