@@ -1,0 +1,19 @@
+"""The four operations of hybridize: one public function each, with a reference, an eager and, where it pays, a Triton form.
+
+Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads, head size]`.
+"""
+
+from .dispatch import use_implementation
+from .distillation_loss import distillation_loss
+from .gated_delta_rule import gated_delta_rule
+from .native_sparse_attention import native_sparse_attention
+from .retained_attention import eviction_position, retained_attention
+
+__all__ = [
+    "distillation_loss",
+    "eviction_position",
+    "gated_delta_rule",
+    "native_sparse_attention",
+    "retained_attention",
+    "use_implementation",
+]

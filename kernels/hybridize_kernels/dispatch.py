@@ -1,0 +1,68 @@
+"""Which form of an op runs: the reference (the spec), eager (plain PyTorch) or a Triton kernel.
+
+The choice is made once a call, here and nowhere else, from device, dtype, gradient mode and what the op says of its
+shapes. `use_implementation` overrides it, which is how tests compare the forms.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+Implementation = Literal["reference", "eager", "triton"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "eager", "triton")
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HAS_TRITON = find_spec("triton") is not None
+_forced: ContextVar[Implementation | None] = ContextVar("hybridize_kernels_implementation", default=None)
+
+
+@contextmanager
+def use_implementation(name: Implementation) -> Iterator[None]:
+    """Every op called inside the block runs in the named form; an op that lacks the form raises ValueError."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(
+    op: str, *tensors: torch.Tensor | None, has_kernel: bool = False, kernel_fits: bool = False
+) -> Implementation:
+    """The form in which `op` runs on these tensors.
+
+    has_kernel: the op has a Triton kernel at all. kernel_fits: that kernel covers the shapes of this call without a
+    gradient. A kernel is chosen by itself only on CUDA; forced, it also runs in Triton's interpreter on the CPU.
+    """
+    forced = _forced.get()
+    if forced == "triton":
+        if not has_kernel:
+            raise ValueError(f"{op} has no Triton kernel: use 'eager' or 'reference'")
+        if not kernel_fits or needs_grad(*tensors):
+            raise ValueError(
+                f"the Triton kernel of {op} does not cover this call (its shapes, or a gradient is needed)"
+            )
+    if forced is not None:
+        return forced
+    present = [tensor for tensor in tensors if tensor is not None]
+    on_gpu = all(tensor.device.type == "cuda" and tensor.dtype in _TRITON_DTYPES for tensor in present)
+    if has_kernel and kernel_fits and _HAS_TRITON and on_gpu and not needs_grad(*present):
+        return "triton"
+    return "eager"
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """True when autograd records now and any of the tensors asks for a gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError, naming the op and the argument, unless the tensor has exactly the expected shape."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(expected)}")

@@ -1,0 +1,133 @@
+"""Native sparse attention in plain PyTorch: masks over all keys, a chunk of queries at a time.
+
+This form shows what the op means at a bearable speed; it saves no work over full attention.
+This file imports nothing but torch: exported models carry it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+QUERY_CHUNK = 512
+
+
+def native_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    block_size: int,
+    num_selected_blocks: int,
+    window: int,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    dense_below: int = 0,
+    scale: float | None = None,
+    compressed_k: Tensor | None = None,
+    compressed_v: Tensor | None = None,
+) -> Tensor:
+    """Σ gate · branch over compressed blocks (their means), selected blocks and the window.
+
+    q: `[B, T, HQ, D]`; k, v: `[B, S, H, D]`; gates: `[B, T, HQ, 3]` in that order; query_positions: `[B, T]`;
+    key_positions: `[B, S]` (−1: padding); compressed_k, compressed_v: `[B, blocks, H, D]`. Queries at positions below
+    `dense_below` use full causal attention. Source: https://arxiv.org/abs/2502.11089, with mean pooling.
+    """
+    batch, time, query_heads, head_size = q.shape
+    heads = k.shape[2]
+    scale = head_size**-0.5 if scale is None else scale
+    if compressed_k is None or compressed_v is None:
+        compressed_k, compressed_v = (_block_means(x, key_positions, block_size) for x in (k, v))
+
+    # One row of attention a key head, so that a mask serves all query heads of its group.
+    group = query_heads // heads
+    q = q.reshape(batch, time, heads, group, head_size).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
+    gates = gates.reshape(batch, time, heads, group, 3).permute(0, 2, 3, 1, 4)  # [B, H, G, T, 3]
+    k, v, compressed_k, compressed_v = (x.transpose(1, 2) for x in (k, v, compressed_k, compressed_v))  # [B, H, S, D]
+    key_position = key_positions[:, None, None, :]  # [B, 1, 1, S]
+    outputs = []
+    for start in range(0, time, QUERY_CHUNK):
+        rows = slice(start, start + QUERY_CHUNK)
+        position = query_positions[:, None, rows, None]  # [B, 1, t, 1]
+        query, gate = q[:, :, :, rows], gates[:, :, :, rows].to(q.dtype)
+        compressed, weights = _compressed(query, compressed_k, compressed_v, position, block_size, scale)
+        causal = (key_position >= 0) & (key_position <= position)
+        chosen = _choose_blocks(weights.detach().sum(2), position, block_size, num_selected_blocks)  # [B, H, t, blocks]
+        block = (key_position // block_size).clamp(0, chosen.shape[-1] - 1)
+        selected_mask = causal & chosen.gather(-1, block.expand(*chosen.shape[:-1], -1))
+        if dense_below > 0:
+            # Full causal attention is the selected branch with every block chosen, let through alone.
+            dense = position < dense_below
+            selected_mask = selected_mask | (causal & dense)
+            only_selected = gate.new_tensor([0.0, 1.0, 0.0])
+            gate = torch.where(dense[:, :, None], only_selected, gate)
+        selected = _attend(query, k, v, selected_mask, scale)
+        near = _attend(query, k, v, causal & (position - key_position < window), scale)
+        outputs.append(gate[..., 0:1] * compressed + gate[..., 1:2] * selected + gate[..., 2:3] * near)
+    if not outputs:
+        return q.new_zeros(batch, 0, query_heads, v.shape[-1])
+    return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _block_means(x: Tensor, key_positions: Tensor, block_size: int) -> Tensor:
+    """`[B, S, H, D]` -> `[B, blocks, H, D]`, summed in fp32 at least; incomplete blocks are never looked at."""
+    batch, keys, heads, size = x.shape
+    blocks = -(-keys // block_size)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Padding goes to one block more, which is cut off.
+    block = torch.where(key_positions >= 0, key_positions // block_size, blocks).clamp(max=blocks)
+    index = block[:, :, None, None].expand(x.shape)
+    total = torch.zeros(batch, blocks + 1, heads, size, dtype=dtype, device=x.device).scatter_add(1, index, x.to(dtype))
+    return (total[:, :blocks] / block_size).to(x.dtype)
+
+
+def _compressed(
+    q: Tensor, block_k: Tensor, block_v: Tensor, position: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The branch over complete blocks `[B, H, G, t, D]` and its probabilities `[B, H, G, t, blocks]` (at least fp32)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):  # the choice of blocks hangs on these probabilities
+        complete = torch.arange(block_k.shape[2], device=q.device) < (position + 1) // block_size  # [B, 1, t, blocks]
+        complete = complete[:, :, None]
+        logits = scale * (q.to(dtype) @ block_k[:, :, None].to(dtype).transpose(-1, -2))
+        # A row without blocks keeps finite logits; its weights are set to zero after the softmax.
+        hidden = ~complete & complete.any(-1, keepdim=True)
+        weights = torch.where(complete, logits.masked_fill(hidden, float("-inf")).softmax(-1), 0.0)
+        return (weights @ block_v[:, :, None].to(dtype)).to(q.dtype), weights
+
+
+def _choose_blocks(importance: Tensor, position: Tensor, block_size: int, num_selected_blocks: int) -> Tensor:
+    """importance `[B, H, t, blocks]`, position `[B, 1, t, 1]` -> bool `[B, H, t, blocks + 1]`."""
+    # The current block may be one that has no mean yet.
+    importance = F.pad(importance, (0, 1))
+    block = torch.arange(importance.shape[-1], device=position.device)
+    current = position.clamp(min=0) // block_size
+    forced = (block == 0) | (block == current) | (block == current - 1)
+    complete = block < (position + 1) // block_size
+    importance = importance.masked_fill(~complete, -1.0).masked_fill(forced, float("inf"))
+    best = importance.argsort(dim=-1, descending=True, stable=True)[..., :num_selected_blocks]
+    chosen = torch.zeros_like(importance, dtype=torch.bool).scatter(-1, best, True)
+    return (chosen & complete) | forced
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """q `[B, H, G, t, D]`, k and v `[B, H, S, D]`, mask `[B, 1 | H, t, S]` -> `[B, H, G, t, D]`; blind rows give 0."""
+    batch, heads, group = q.shape[:3]
+    if q.device.type == "cpu":
+        # A GPU would have to wait for the count of these; there the whole mask is the cheaper way.
+        seen = mask.flatten(0, 2).any(0)
+        if 4 * int(seen.sum()) < 3 * seen.numel():
+            index = seen.nonzero().squeeze(-1)
+            k, v, mask = k[:, :, index], v[:, :, index], mask[..., index]
+    if k.shape[2] == 0:
+        return (q * 0).sum(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
+    blind = ~mask.any(-1, keepdim=True)
+    mask = (mask | blind).expand(batch, heads, -1, -1)
+    output = F.scaled_dot_product_attention(
+        q.flatten(0, 1),  # [B·H, G, t, D]
+        k.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
+        v.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
+        attn_mask=mask.flatten(0, 1)[:, None],
+        scale=scale,
+    )
+    return output.unflatten(0, (batch, heads)).masked_fill(blind[:, :, None], 0.0)

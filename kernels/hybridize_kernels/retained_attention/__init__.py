@@ -1,0 +1,112 @@
+"""Softmax attention over a sliding window, sinks and retained tokens; one causal meaning in training, prefill, decode."""
+
+from torch import Tensor
+
+from ..dispatch import check_shape, choose
+from .eager import eviction_position as _eager_eviction_position
+from .eager import retained_attention as _eager
+from .reference import eviction_position as _reference_eviction_position
+from .reference import retained_attention as _reference
+
+__all__ = ["eviction_position", "retained_attention"]
+
+
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retention_score: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    budget: int | None = None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of each query over the keys it sees.
+
+    Key j is kept when position(j) < sinks or score(j) > 0. Query i sees key j when 0 <= pos_j <= pos_i and either
+    pos_i − pos_j < window, or j is kept and fewer than `budget` kept keys that have left i's window rank before j.
+    Sinks rank first, then higher scores, then earlier positions: what a cache of `budget` slots holds when a token
+    applies for a slot as it leaves the window and replaces the lowest-ranked one it beats.
+
+    Args:
+        q: `[B, T, HQ, D]`. k, v: `[B, S, H, D]`; H divides HQ; rotary positions already applied.
+        retention_score: `[B, S, H]`, or None (nothing but window and sinks).
+        window: tokens, the query itself included. sinks: tokens. budget: retained tokens, sinks included; None: no cap.
+        query_positions: `[B, T]` int64, real tokens counted from 0 in each row; −1 is padding and gives zeros.
+        key_positions: `[B, S]` or `[B, S, H]` int64, distinct in a row (and head), in any order; −1 is an empty slot.
+        scale: factor on the scores; D**-0.5 unless given.
+
+    Returns:
+        `[B, T, HQ, D]`. The gradient of a score is that of a gate of value 1 on its key's value: ⟨dv_j, v_j⟩ over the
+        group's query heads (straight-through; none where the score is infinite).
+
+    Raises:
+        ValueError: a shape does not fit the others, or a count is out of range.
+    """
+    op = "retained_attention"
+    _check_counts(op, sinks, budget, window)
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"{op}: q {list(q.shape)} and k {list(k.shape)} must be [batch, time, heads, head size]")
+    (batch, time, query_heads, head_size), (keys, heads) = q.shape, k.shape[1:3]
+    if heads == 0 or query_heads % heads:
+        raise ValueError(f"{op}: {query_heads} query heads are not a multiple of {heads} key heads")
+    check_shape(op, "k", k, (batch, keys, heads, head_size))
+    check_shape(op, "v", v, (batch, keys, heads, v.shape[-1]))
+    check_shape(op, "query_positions", query_positions, (batch, time))
+    _check_keys(op, key_positions, retention_score, (batch, keys, heads))
+    run = _reference if choose(op, q, k, v, retention_score) == "reference" else _eager
+    return run(
+        q,
+        k,
+        v,
+        retention_score,
+        window=window,
+        sinks=sinks,
+        budget=budget,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        scale=scale,
+    )
+
+
+def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:
+    """The position of the newest token outside the window from which on each key is no longer retained.
+
+    Query i retains key j (outside its window) exactly when pos_i − window < eviction_position_j. The largest int64 means
+    never evicted; a key that is not kept, or finds `budget` better ones before it, has its own position; an empty slot −1.
+
+    Args:
+        score: `[B, S, H]`. key_positions: `[B, S]` or `[B, S, H]` int64. sinks, budget, window: as in retained_attention.
+            The window moves every query's boundary alike, so it does not change the result.
+
+    Returns:
+        int64 `[B, S, H]`.
+    """
+    op = "eviction_position"
+    _check_counts(op, sinks, budget, window)
+    if score.ndim != 3:
+        raise ValueError(f"{op}: score has shape {list(score.shape)}, expected [batch, keys, heads]")
+    _check_keys(op, key_positions, score, tuple(score.shape))
+    run = _reference_eviction_position if choose(op, score) == "reference" else _eager_eviction_position
+    return run(score, key_positions, sinks=sinks, budget=budget, window=window)
+
+
+def _check_counts(op: str, sinks: int, budget: int | None, window: int) -> None:
+    if window < 1:
+        raise ValueError(f"{op}: window is {window}, expected at least 1 (the query itself)")
+    if sinks < 0:
+        raise ValueError(f"{op}: sinks is {sinks}, expected at least 0")
+    if budget is not None and budget < 0:
+        raise ValueError(f"{op}: budget is {budget}, expected at least 0, or None for no cap")
+
+
+def _check_keys(op: str, positions: Tensor, score: Tensor | None, expected: tuple[int, ...]) -> None:
+    if positions.ndim == 3:
+        check_shape(op, "key_positions", positions, expected)
+    else:
+        check_shape(op, "key_positions", positions, expected[:2])
+    if score is not None:
+        check_shape(op, "retention_score", score, expected)

@@ -1,0 +1,138 @@
+"""Retained attention in plain PyTorch: a chunk of queries at a time over the keys that any of them sees.
+
+The cap on retained tokens is turned into one number a key, the position from which it is evicted, so that the mask of a
+chunk is three comparisons. This file imports nothing but torch: exported models carry it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+QUERY_CHUNK = 512
+NEVER = torch.iinfo(torch.int64).max
+
+
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retention_score: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    budget: int | None = None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention over the last `window` tokens, the sinks and the retained tokens of each key head.
+
+    q: `[B, T, HQ, D]`; k, v: `[B, S, H, D]`; retention_score: `[B, S, H]` or None; query_positions: `[B, T]`;
+    key_positions: `[B, S]` or `[B, S, H]` (−1: padding, an empty slot). Query i sees key j when 0 <= pos_j <= pos_i and
+    (pos_i − pos_j < window, or j is a sink or scores above 0 and is among the best `budget` of those that have left
+    i's window). The score's gradient is that of a gate of value 1 on v.
+    """
+    batch, time, query_heads, head_size = q.shape
+    keys, heads = k.shape[1:3]
+    scale = head_size**-0.5 if scale is None else scale
+    # Where every key head has the same positions and no score, one mask serves them all.
+    positions = (key_positions if key_positions.ndim == 3 else key_positions[..., None]).transpose(
+        1, 2
+    )  # [B, 1 | H, S]
+    score = torch.zeros_like(positions, dtype=q.dtype).transpose(1, 2) if retention_score is None else retention_score
+    evicted = eviction_position(
+        score, positions.transpose(1, 2).expand(score.shape), sinks=sinks, budget=budget, window=window
+    ).transpose(1, 2)
+    if retention_score is not None:
+        opened = torch.where(retention_score.isfinite(), retention_score - retention_score.detach(), 0.0)
+        v = v * (1 + opened)[..., None].to(v.dtype)
+
+    # One row of attention a key head, so that a mask broadcasts over the query heads of its group.
+    group = query_heads // heads
+    q = q.reshape(batch, time, heads, group, head_size).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
+    outputs = []
+    for start in range(0, time, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, time)
+        query = query_positions[:, None, start:stop, None]  # [B, 1, t, 1]
+        mask = (positions >= 0)[:, :, None, :] & (positions[:, :, None, :] <= query)  # [B, 1 | H, t, S]
+        # A key that is not kept has its own position for its eviction, which makes this the window as well.
+        mask = mask & (evicted[:, :, None, :] > query - window)
+        outputs.append(_attend(q[:, :, :, start:stop], k, v, mask, scale))
+    if not outputs:
+        return q.new_zeros(batch, 0, query_heads, v.shape[-1])
+    return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """q `[B, H, G, t, D]`, k and v `[B, H, S, D]`, mask `[B, 1 | H, t, S]` -> `[B, H, G, t, D]`; blind rows give 0."""
+    batch, heads, group = q.shape[:3]
+    if q.device.type == "cpu":
+        # A GPU would have to wait for the count of these; there the whole mask is the cheaper way.
+        seen = mask.flatten(0, 2).any(0)
+        if 4 * int(seen.sum()) < 3 * seen.numel():
+            index = seen.nonzero().squeeze(-1)
+            k, v, mask = k[:, :, index], v[:, :, index], mask[..., index]
+    if k.shape[2] == 0:
+        return (q * 0).sum(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
+    blind = ~mask.any(-1, keepdim=True)
+    mask = (mask | blind).expand(batch, heads, -1, -1)
+    output = F.scaled_dot_product_attention(
+        q.flatten(0, 1),  # [B·H, G, t, D]
+        k.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
+        v.flatten(0, 1)[:, None].expand(-1, group, -1, -1),
+        attn_mask=mask.flatten(0, 1)[:, None],
+        scale=scale,
+    )
+    return output.unflatten(0, (batch, heads)).masked_fill(blind[:, :, None], 0.0)
+
+
+def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:
+    """int64 `[B, S, H]`: query i retains key j outside its window exactly when pos_i − window < eviction position of j.
+
+    The window shifts all boundaries alike and does not enter. score: `[B, S, H]`; key_positions: `[B, S]` or `[B, S, H]`.
+    """
+    if key_positions.ndim == 2:
+        key_positions = key_positions[..., None].expand(score.shape)
+    score, position = score.detach().transpose(1, 2), key_positions.transpose(1, 2)  # [B, H, S]
+    sink = (position >= 0) & (position < sinks)
+    kept = sink | ((score > 0) & (position >= 0))
+    never = torch.where(kept, NEVER, position)
+    keys = score.shape[-1]
+    if budget is None or keys <= budget or (score.device.type == "cpu" and int(kept.sum(-1).max()) <= budget):
+        return never.transpose(1, 2)
+    if budget == 0:
+        return position.transpose(1, 2)
+
+    # In order of position, with each key's place in the ranking (kept keys first, by score, the earlier on a tie).
+    position, by_position = position.sort(dim=-1, stable=True)
+    kept, sink = kept.gather(-1, by_position), sink.gather(-1, by_position)
+    value = score.gather(-1, by_position).masked_fill(sink, float("inf")).masked_fill(~kept, float("-inf"))
+    by_rank = value.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(by_rank).scatter_(-1, by_rank, torch.arange(keys, device=score.device).expand_as(by_rank))
+    # The better keys of each are counted by blocks of positions, then inside the one block where the count fills up.
+    block = max(1, int(keys**0.5))
+    blocks = -(-keys // block)
+    member = torch.zeros(*rank.shape, blocks, dtype=torch.int32, device=score.device)  # [B, H, rank, block]
+    member.scatter_(-1, (by_rank // block)[..., None], kept.gather(-1, by_rank)[..., None].int())
+    better = (member.cumsum(-2, dtype=torch.int32) - member).cumsum(
+        -1, dtype=torch.int32
+    )  # better keys than that of a rank, up to the end of a block
+    better = better.gather(-2, rank[..., None].expand(*rank.shape, blocks))  # [B, H, key, block]
+    full_block = (better < budget).sum(-1)  # the first block in which `budget` better keys have been met
+    inside = full_block.clamp(max=blocks - 1)
+    missing = budget - F.pad(better, (1, 0)).gather(-1, inside[..., None])  # [B, H, key, 1]
+    index = inside[..., None] * block + torch.arange(block, device=score.device)  # [B, H, key, block]
+    beyond = index >= keys
+    index = index.clamp(max=keys - 1)
+    beats = (_take(rank, index) < rank[..., None]) & _take(kept, index) & ~beyond
+    step = (beats.int().cumsum(-1) < missing).sum(-1, keepdim=True).clamp(max=block - 1)
+    filled = _take(position, index.gather(-1, step)).squeeze(-1)
+    evicted = torch.where(full_block < blocks, torch.maximum(filled, position), NEVER)
+    evicted = torch.where(kept, evicted, position)
+    return torch.empty_like(evicted).scatter_(-1, by_position, evicted).transpose(1, 2)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x `[B, H, S]` at index `[B, H, S, n]`."""
+    return x.gather(-1, index.flatten(-2)).view(index.shape)

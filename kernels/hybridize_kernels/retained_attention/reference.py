@@ -1,0 +1,98 @@
+"""Retained attention by brute force: every pair of keys compared for every query."""
+
+import torch
+from torch import Tensor
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retention_score: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    budget: int | None = None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """See `hybridize_kernels.retained_attention`; the mask below is what the other forms must equal."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    positions = _per_head(key_positions, k.shape[2])
+    visible = visible_keys(retention_score, query_positions, positions, window=window, sinks=sinks, budget=budget)
+    visible = visible.repeat_interleave(group, dim=1)  # [B, HQ, T, S]
+
+    value = v.to(dtype)
+    if retention_score is not None:
+        # A gate of value 1 whose gradient is that of the score.
+        finite = retention_score.isfinite()
+        opened = torch.where(finite, retention_score - retention_score.detach(), 0.0)
+        value = value * (1 + opened.to(dtype))[..., None]
+    k, value = k.repeat_interleave(group, dim=2).to(dtype), value.repeat_interleave(group, dim=2)
+    logits = scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k)
+    # Every row needs one finite logit for the softmax; a row without visible keys is zeroed after it.
+    some = visible.any(-1, keepdim=True)
+    weights = logits.masked_fill(~visible & some, float("-inf")).softmax(-1) if k.shape[1] else logits
+    weights = torch.where(visible, weights, 0.0)
+    return torch.einsum("bhts,bshd->bthd", weights, value).to(q.dtype)
+
+
+def visible_keys(
+    score: Tensor | None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    budget: int | None,
+) -> Tensor:
+    """Bool `[B, H, T, S]`: which keys each query sees. key_positions: `[B, S, H]`."""
+    key = key_positions.transpose(1, 2)[:, :, None, :]  # [B, H, 1, S]
+    query = query_positions[:, None, :, None]  # [B, 1, T, 1]
+    causal = (key >= 0) & (key <= query)
+    near = query - key < window
+    kept, before = _kept_and_order(score, key_positions, sinks)
+    retained = kept[:, :, None, :].expand(causal.shape)
+    if budget is not None:
+        left = kept[:, :, None, :] & (key <= query - window)  # [B, H, T, S]: kept keys that have left the window
+        better = torch.einsum("bhtl,bhlj->bhtj", left.double(), before.double())
+        retained = retained & (better < budget)
+    return causal & (near | retained)
+
+
+def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:
+    """See `hybridize_kernels.eviction_position`."""
+    positions = _per_head(key_positions, score.shape[2])
+    kept, before = _kept_and_order(score, positions, sinks)
+    positions = positions.transpose(1, 2)  # [B, H, S]
+    result = torch.where(kept, NEVER, positions)
+    for b, h, j in kept.nonzero().tolist():
+        better = positions[b, h][kept[b, h] & before[b, h, :, j]].sort().values
+        if budget == 0:
+            result[b, h, j] = positions[b, h, j]
+        elif budget is not None and len(better) >= budget:
+            result[b, h, j] = torch.maximum(better[budget - 1], positions[b, h, j])
+    return result.transpose(1, 2)
+
+
+def _kept_and_order(score: Tensor | None, positions: Tensor, sinks: int) -> tuple[Tensor, Tensor]:
+    """kept, bool `[B, H, S]`, and before, bool `[B, H, S, S]`: whether key l (first S) ranks before key j (second S)."""
+    positions = positions.transpose(1, 2)
+    sink = (positions >= 0) & (positions < sinks)
+    values = torch.full(positions.shape, -1.0, dtype=torch.float64, device=positions.device)
+    if score is not None:
+        values = score.detach().transpose(1, 2).double()
+    kept = sink | ((values > 0) & (positions >= 0))
+    values = values.masked_fill(sink, float("inf"))
+    first, second = values[..., :, None], values[..., None, :]
+    earlier = positions[..., :, None] < positions[..., None, :]
+    return kept, (first > second) | ((first == second) & earlier)
+
+
+def _per_head(positions: Tensor, heads: int) -> Tensor:
+    return positions if positions.ndim == 3 else positions[..., None].expand(-1, -1, heads)
