@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from hybridize.errors import CheckpointError
 
 MAX_JSON_BYTES = 8 * 2**20
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FOREIGN_NAME_HINT = "Download the checkpoint again from a source you trust, or correct the name."
 
 

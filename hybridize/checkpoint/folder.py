@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint.files import check_shard_name, contained_path, read_json_object
+from hybridize.checkpoint.files import PICKLE_SUFFIXES, check_shard_name, contained_path, read_json_object
 from hybridize.checkpoint.safetensors_header import TensorHeader, read_safetensors_header
 from hybridize.errors import CheckpointError
 
@@ -16,7 +16,6 @@ INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "manifest.json"
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_INDEX_ENTRIES = 500_000  # the largest open models have about 10^5 tensors
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _SAME_SIZE_FLOATS = {"float16": "BF16", "bfloat16": "F16"}  # what a file must not hold when config.json says the key

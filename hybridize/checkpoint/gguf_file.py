@@ -231,8 +231,8 @@ def load_gguf_tensors(folder: Path, file: GgufFile, names: Iterable[str]) -> Ite
     from gguf.quants import dequantize
 
     architecture = file.metadata.get("general.architecture")
-    heads = file.metadata.get(f"{architecture}.attention.head_count")
-    key_heads = file.metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    heads = int(file.metadata[f"{architecture}.attention.head_count"])
+    key_heads = int(file.metadata.get(f"{architecture}.attention.head_count_kv", heads))
     for name in names:
         header = file.headers[name]
         handle, _ = open_regular(folder, header.file)
@@ -249,9 +249,9 @@ def load_gguf_tensors(folder: Path, file: GgufFile, names: Iterable[str]) -> Ite
         values = values.reshape(header.shape)
         # llama.cpp interleaves the two RoPE halves of each head in the llama architecture; undo it.
         if architecture in ("llama", "mistral") and ".self_attn.q_proj." in name:
-            values = _halves_apart(values, int(heads))
+            values = _halves_apart(values, heads)
         elif architecture in ("llama", "mistral") and ".self_attn.k_proj." in name:
-            values = _halves_apart(values, int(key_heads))
+            values = _halves_apart(values, key_heads)
         yield name, torch.from_numpy(numpy.array(values, order="C"))
 
 

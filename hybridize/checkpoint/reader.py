@@ -113,9 +113,7 @@ def _is_no_weight(dtype: str) -> bool:
     return dtype in _NOT_WEIGHTS or dtype.startswith(("F8_", "F6_"))
 
 
-def load_tensors(
-    source: CheckpointSource, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def load_tensors(source: CheckpointSource, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) one at a time, in the order of the files; GGUF tensors come dequantised to fp32.
 
     Args:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hybridize.checkpoint.files import PICKLE_SUFFIXES
 from hybridize.errors import CheckpointError
 
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w][\w./-]*))?")
 _PACKAGE = re.compile(r"[A-Za-z]\w*")
 # Weights in the transformers layout, configuration and tokenizer; never Python files or pickles.
 _HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja"]
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def resolve_source(spec: str | Path, *, offline: bool = False) -> CheckpointSour
     if exists:
         return _from_file(path, text)
     hub = _HUB_ID.fullmatch(text)
-    if hub and not text.endswith((".gguf", ".safetensors", *_PICKLE_SUFFIXES)):
+    if hub and not text.endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES)):
         return _from_hub(hub["name"], hub["revision"], text, offline)
     raise CheckpointError(
         "There is no checkpoint of this name: it is no folder or file here, and not a Hub id (org/name@revision).",
@@ -82,7 +82,7 @@ def _from_folder(path: Path, spec: str) -> CheckpointSource:
 def _from_file(path: Path, spec: str) -> CheckpointSource:
     if path.suffix == ".gguf":
         return CheckpointSource("gguf", path.parent, path.name, spec, None, _total_bytes([path]))
-    if path.suffix in _PICKLE_SUFFIXES:
+    if path.suffix in PICKLE_SUFFIXES:
         hint = "Pickle files can run code and are never read. Save the model as safetensors and give its folder."
     else:
         hint = "Give the folder that holds config.json and the .safetensors files, or a .gguf file."
@@ -110,9 +110,7 @@ def _from_hub(name: str, revision: str | None, spec: str, offline: bool) -> Chec
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline)
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline))
     except Exception as error:  # the Hub client raises HTTP, OS and validation errors of many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         hint = (

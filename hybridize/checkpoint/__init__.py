@@ -1,0 +1,59 @@
+"""The only code that opens model files: finding, checking, reading, writing and verifying checkpoints."""
+
+from hybridize.checkpoint.faults import fault_point
+from hybridize.checkpoint.hashing import sha256_bytes, sha256_file, source_fingerprint
+from hybridize.checkpoint.lock import FolderLock
+from hybridize.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    VerifyReport,
+    read_manifest,
+    verify_folder,
+    write_manifest,
+)
+from hybridize.checkpoint.reader import (
+    WeightScan,
+    check_folder,
+    check_tensors,
+    load_state,
+    load_tensors,
+    read_config,
+    require_usable_weights,
+    scan_finite,
+    tensor_headers,
+)
+from hybridize.checkpoint.resources import require_free_disk, resource_errors
+from hybridize.checkpoint.safetensors_header import TensorHeader
+from hybridize.checkpoint.safetensors_writer import save_tensors
+from hybridize.checkpoint.source import CheckpointSource, resolve_source
+from hybridize.checkpoint.writer import AtomicFolder
+
+__all__ = [
+    "AtomicFolder",
+    "CheckpointSource",
+    "FileRecord",
+    "FolderLock",
+    "Manifest",
+    "TensorHeader",
+    "VerifyReport",
+    "WeightScan",
+    "check_folder",
+    "check_tensors",
+    "fault_point",
+    "load_state",
+    "load_tensors",
+    "read_config",
+    "read_manifest",
+    "require_free_disk",
+    "require_usable_weights",
+    "resolve_source",
+    "resource_errors",
+    "save_tensors",
+    "scan_finite",
+    "sha256_bytes",
+    "sha256_file",
+    "source_fingerprint",
+    "tensor_headers",
+    "verify_folder",
+    "write_manifest",
+]
