@@ -1,0 +1,74 @@
+"""Native sparse attention: compressed, selected and window branches over all past tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridize.families.base import AttentionGeometry
+from hybridize.mixers.configs.base import MixerConfig
+
+_ALWAYS_SELECTED = 3
+"""The first, the previous and the current block."""
+_POSITION_BYTES = 4
+_SUM_ELEMENT_BYTES = 4
+"""Running sums of a block are kept in fp32, so that a block read token by token equals the block pooled at once."""
+
+
+@dataclass(frozen=True)
+class NativeSparseAttentionConfig(MixerConfig):
+    """Keys of `native_sparse_attention`.
+
+    The three gates are given as the values they start from. While the whole context lies in the window and in the
+    selected blocks, the selected and the window branch both equal the teacher's attention; gates of these two that
+    sum to 1, with the compressed one near 0, therefore start at the teacher.
+
+    Attributes:
+        block_tokens: tokens of a block.
+        selected_blocks: blocks that a query attends to token by token, the first, previous and current one included.
+        window_tokens: width of the window branch, the query itself included.
+        dense_below: queries at positions below this use plain causal attention, in tokens; 0: none does.
+        compressed_gate, selected_gate, window_gate: gate values at the start, inside (0, 1).
+    """
+
+    name = "native_sparse_attention"
+    summary = "attention over block means, the best blocks and a window: the cache grows, the work does not"
+
+    block_tokens: int = 64
+    selected_blocks: int = 16
+    window_tokens: int = 512
+    dense_below: int = 0
+    compressed_gate: float = 0.02
+    selected_gate: float = 0.9
+    window_gate: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.require(self.block_tokens >= 1, "block_tokens", f"{self.block_tokens} is below 1.")
+        self.require(
+            self.selected_blocks >= _ALWAYS_SELECTED,
+            "selected_blocks",
+            f"{self.selected_blocks} is below {_ALWAYS_SELECTED}: the first, previous and current block are always in.",
+        )
+        self.require(self.window_tokens >= 1, "window_tokens", f"{self.window_tokens} is below 1.")
+        self.require(self.dense_below >= 0, "dense_below", f"{self.dense_below} is negative.")
+        for key in ("compressed_gate", "selected_gate", "window_gate"):
+            value = getattr(self, key)
+            self.require(0.0 < value < 1.0, key, f"{value} is not strictly between 0 and 1.")
+
+    def warnings(self, geometry: AttentionGeometry, context: int) -> list[str]:
+        covered = self.selected_blocks * self.block_tokens
+        if context <= covered:
+            return [
+                f"{self.name}: {context} tokens fit into the {covered} tokens of the selected blocks, so nothing is "
+                "left out and nothing is saved at this length."
+            ]
+        return []
+
+    def state_bytes(self, geometry: AttentionGeometry, context: int, element_bytes: int) -> int:
+        key_and_value = 2 * geometry.num_key_heads * geometry.head_size
+        blocks = -(-context // self.block_tokens)
+        tokens_bytes = context * (key_and_value * element_bytes + _POSITION_BYTES)
+        return tokens_bytes + blocks * key_and_value * _SUM_ELEMENT_BYTES
+
+    def new_parameters(self, geometry: AttentionGeometry) -> int:
+        gates = 3 * geometry.num_query_heads
+        return geometry.hidden_size * gates + gates
