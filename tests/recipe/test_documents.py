@@ -1,0 +1,132 @@
+"""Reading documents: every format, a fixed order, clear refusals, and a stable held-out share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybridize.errors import CheckpointError, HybridizeError, RecipeError
+from hybridize.recipe.documents import (
+    Document,
+    held_out_documents,
+    pin_revisions,
+    read_documents,
+    split_held_out,
+    training_documents,
+)
+from hybridize.recipe.schema import Data, TextSource
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("b--two", "a--one", "a--three"):
+        (folder / f"{name}.txt").write_text(f"Text of {name}.")
+    return tmp_path
+
+
+def test_text_glob_is_sorted_and_labelled_by_file_name(texts: Path) -> None:
+    documents = list(read_documents(TextSource("text/*.txt"), texts))
+    assert [d.id for d in documents] == ["text/a--one.txt", "text/a--three.txt", "text/b--two.txt"]
+    assert [d.source_name for d in documents] == ["a", "a", "b"]
+    assert list(read_documents(TextSource("text"), texts)) == [Document(d.text, d.source_name, d.id) for d in documents]
+    assert {d.source_name for d in read_documents(TextSource("text/*.txt", name="mine"), texts)} == {"mine"}
+
+
+def test_label_without_prefix_comes_from_the_path(tmp_path: Path) -> None:
+    (tmp_path / "news").mkdir()
+    (tmp_path / "news" / "1.txt").write_text("x")
+    assert [d.source_name for d in read_documents(TextSource("news/*.txt"), tmp_path)] == ["news"]
+
+
+def test_nul_separates_documents_and_blank_ones_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\0  \n\0two")
+    documents = list(read_documents(TextSource("a.txt"), tmp_path))
+    assert [(d.id, d.text) for d in documents] == [("a.txt#0", "one"), ("a.txt#2", "two")]
+
+
+def test_limit_bytes_stops_early(texts: Path) -> None:
+    assert len(list(read_documents(TextSource("text/*.txt"), texts, limit_bytes=5))) == 1
+
+
+def test_jsonl_and_parquet_give_the_same_texts(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = ["first", "zwei — 2", "third"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": r}) for r in rows) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"body": rows, "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert [d.text for d in read_documents(TextSource(name, column="body"), tmp_path)] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source", "says"),
+    [
+        ("a.txt", b"", TextSource("a.txt"), "empty"),
+        ("a.txt", b" \n", TextSource("a.txt"), "no document"),
+        ("a.txt", b"abc\xff", TextSource("a.txt"), "UTF-8 (byte 3)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text":', TextSource("a.jsonl"), "a.jsonl:2"),
+        ("a.jsonl", b"", TextSource("a.jsonl"), "empty"),
+        ("a.jsonl", b'{"body": "x"}', TextSource("a.jsonl"), "body"),
+        ("a.jsonl", b"[1]", TextSource("a.jsonl"), "no column"),
+        ("a.jsonl", b'{"text": 3}', TextSource("a.jsonl"), "holds a int"),
+        ("a.parquet", b"PAR1 no", TextSource("a.parquet"), "Parquet"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, source: TextSource, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        list(read_documents(source, tmp_path))
+    assert says in str(caught.value)
+    assert name in caught.value.where
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("path", ["none/*.txt", "data.csv", "/nowhere/x.jsonl"])
+def test_bad_paths_are_recipe_errors(tmp_path: Path, path: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        list(read_documents(TextSource(path), tmp_path))
+    assert caught.value.hint
+
+
+def test_unknown_hub_data_set_offline(tmp_path: Path) -> None:
+    source = TextSource("nobody/nothing-of-the-kind", format="hub")
+    with pytest.raises(CheckpointError, match="Hub"):
+        list(read_documents(source, tmp_path, offline=True))
+
+
+def test_pin_revisions_leaves_files_and_commits_alone(texts: Path) -> None:
+    sources = (TextSource("text/*.txt"), TextSource("org/name", format="hub", revision="0" * 40))
+    assert pin_revisions(sources, texts) == sources
+
+
+def test_held_out_share_is_stable_and_parts_the_documents() -> None:
+    documents = [Document(f"text {i}", "s", str(i)) for i in range(400)]
+    train, held_out = split_held_out(documents, 0.25)
+    assert len(train) + len(held_out) == 400
+    assert 60 < len(held_out) < 140
+    renamed = [Document(d.text, "other", "elsewhere") for d in reversed(documents)]
+    assert {d.text for d in split_held_out(renamed, 0.25)[1]} == {d.text for d in held_out}
+    assert split_held_out(documents, 0.0)[1] == []
+
+
+def test_training_never_sees_held_out_text(texts: Path) -> None:
+    (texts / "held.txt").write_text("Text of b--two.")  # the same text under another name
+    data = Data(train=(TextSource("text/*.txt"),), held_out=(TextSource("held.txt"),))
+    assert [d.id for d in training_documents(data.train[0], data, texts)] == ["text/a--one.txt", "text/a--three.txt"]
+    shared = Data(train=(TextSource("text/*.txt"),), held_out_share=0.5)
+    train = {d.id for d in training_documents(shared.train[0], shared, texts)}
+    held_out = {d.id for d in held_out_documents(shared, texts)}
+    assert train.isdisjoint(held_out)
+    assert len(train | held_out) == 3
+
+
+def test_same_hub_split_trained_and_held_out_is_refused(tmp_path: Path) -> None:
+    hub = TextSource("org/name", format="hub")
+    data = Data(train=(hub,), held_out=(hub,))
+    with pytest.raises(HybridizeError, match="also trained on"):
+        list(training_documents(hub, data, tmp_path))
