@@ -176,7 +176,9 @@ class Mixer(nn.Module):
             weight = view.q_proj.weight
             mixer.new.to_empty(device=weight.device)
             mixer.new.to(weight.dtype)
-            mixer.initialise_new()
+            if not weight.is_meta:
+                with torch.no_grad():
+                    mixer.initialise_new()
         return mixer
 
     @property
