@@ -54,7 +54,10 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 def test_wheel_holds_both_packages_and_nothing_beside_them(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hybridize", "hybridize_kernels"}
-    for package, folder in (("hybridize", ROOT / "hybridize"), ("hybridize_kernels", ROOT / "kernels/hybridize_kernels")):
+    for package, folder in (
+        ("hybridize", ROOT / "hybridize"),
+        ("hybridize_kernels", ROOT / "kernels/hybridize_kernels"),
+    ):
         sources = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
         assert sources - set(names) == set(), "a folder without __init__.py is left out of the wheel"
 
