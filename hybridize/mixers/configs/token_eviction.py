@@ -1,0 +1,150 @@
+"""Sliding window, sinks, and a learned choice of the older tokens that stay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from hybridize.families.base import AttentionGeometry
+from hybridize.mixers.configs.base import MixerConfig
+
+POSITION_BYTES = 4
+SCORE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TokenEvictionConfig(MixerConfig):
+    """Keys of the mixer `token_eviction` (arXiv 2510.20787).
+
+    Attributes:
+        window_tokens: W, tokens that a query sees, itself included, whatever their score.
+        sink_tokens: first tokens of the text; they are retained by definition.
+        budget_tokens: most tokens that stay after they have left the window, sinks included, per key head.
+        scorer_sharing: "head": one scorer a key head; "layer": one for all heads of a layer; "model": one for all layers.
+        score: "sigmoid" (sigmoid(x) - 0.5) or "relu" of the scorer's output x; a token is kept where it is positive.
+        scorer_kernel, scorer_dilation, scorer_layers: of the convolutions; together they let the score of a token depend
+            on `margin_tokens` neighbours on either side.
+        scorer_dropout: before each convolution, in training.
+        scorer_bias_init: first value of the last bias; above zero everything is kept at the start.
+        detach_scorer_input: the scorer's gradient does not reach keys and values.
+        score_gradient: how a hard decision is trained: "straight_through" gives a score the gradient of a gate on its value.
+        warmup_steps: optimiser steps in training during which everything is kept.
+        freeze_steps: optimiser steps during which the scorer is not trained.
+        l1_sharing: one L1 weight (lambda) per key head, or per layer.
+        l1_target_low, l1_target_high: lambda grows while more than high x budget tokens of a training sequence are kept,
+            shrinks while at most low x budget are, and holds between.
+        l1_increase, l1_decrease: factor and divisor of a change of lambda.
+        l1_init, l1_min, l1_max: its first value and its range; below l1_min it is zero.
+        l1_every_steps: optimiser steps between two changes.
+        l1_initial_steps: optimiser steps before the first change.
+    """
+
+    name = "token_eviction"
+    summary = "sliding window and sinks, and a small CNN that chooses which older tokens stay; fixed-size state"
+
+    window_tokens: int = 256
+    sink_tokens: int = 4
+    budget_tokens: int = 256
+    scorer_sharing: Literal["head", "layer", "model"] = "head"
+    score: Literal["sigmoid", "relu"] = "sigmoid"
+    scorer_kernel: int = 3
+    scorer_dilation: int = 2
+    scorer_layers: int = 3
+    scorer_dropout: float = 0.1
+    scorer_bias_init: float = 0.5
+    detach_scorer_input: bool = False
+    score_gradient: Literal["straight_through"] = "straight_through"
+    warmup_steps: int = 0
+    freeze_steps: int = 0
+    l1_sharing: Literal["head", "layer"] = "head"
+    l1_target_low: float = 0.95
+    l1_target_high: float = 1.0
+    l1_increase: float = 1.5
+    l1_decrease: float = 2.0
+    l1_init: float = 1e-9
+    l1_min: float = 1e-9
+    l1_max: float = 1.0
+    l1_every_steps: int = 32
+    l1_initial_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("scorer_kernel", "scorer_dilation", "scorer_layers", "l1_every_steps"):
+            self.require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}.")
+        for key in ("sink_tokens", "warmup_steps", "freeze_steps", "l1_initial_steps"):
+            self.require(getattr(self, key) >= 0, key, f"must be zero or positive, is {getattr(self, key)}.")
+        self.require(self.scorer_kernel % 2 == 1, "scorer_kernel", f"must be odd, is {self.scorer_kernel}.")
+        self.require(
+            self.window_tokens > self.margin_tokens,
+            "window_tokens",
+            f"must exceed {self.margin_tokens}, the tokens to the right that a score waits for, is {self.window_tokens}.",
+        )
+        least = max(1, self.sink_tokens)
+        self.require(
+            self.budget_tokens >= least,
+            "budget_tokens",
+            f"must be at least {least} (it includes the sinks), is {self.budget_tokens}.",
+        )
+        self.require(0 <= self.scorer_dropout < 1, "scorer_dropout", f"must be in 0..1, is {self.scorer_dropout}.")
+        self.require(math.isfinite(self.scorer_bias_init), "scorer_bias_init", "must be finite.")
+        self._require_choice("scorer_sharing", ("head", "layer", "model"))
+        self._require_choice("score", ("sigmoid", "relu"))
+        self._require_choice("score_gradient", ("straight_through",))
+        self._require_choice("l1_sharing", ("head", "layer"))
+        self.require(
+            0 < self.l1_target_low <= self.l1_target_high < math.inf,
+            "l1_target_low",
+            f"needs 0 < low <= high, is {self.l1_target_low} and {self.l1_target_high}.",
+        )
+        for key in ("l1_increase", "l1_decrease"):
+            value = getattr(self, key)
+            self.require(1 <= value < math.inf, key, f"must be at least 1, is {value}.")
+        self.require(0 < self.l1_min < math.inf, "l1_min", f"must be positive, is {self.l1_min}.")
+        for key in ("l1_init", "l1_max"):
+            value = getattr(self, key)
+            self.require(self.l1_min <= value < math.inf, key, f"must be at least l1_min ({self.l1_min}), is {value}.")
+
+    def _require_choice(self, key: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, key)
+        self.require(value in choices, key, f"must be one of {', '.join(choices)}, is {value!r}.")
+
+    @property
+    def margin_tokens(self) -> int:
+        """m: the score of token j depends on the tokens j - m .. j + m."""
+        return self.scorer_layers * self.scorer_dilation * (self.scorer_kernel - 1) // 2
+
+    def scorer_widths(self, head_size: int) -> tuple[int, ...]:
+        """Channels from the scorer's input (key and value side by side) to the last convolution; halved by each."""
+        return tuple(max(1, (2 * head_size) >> layer) for layer in range(self.scorer_layers + 1))
+
+    def scorer_parameters(self, head_size: int) -> int:
+        """Parameters of one scorer: 7.875 D² + 2 D + 1 with three layers of kernel 3."""
+        widths = self.scorer_widths(head_size)
+        convolutions = sum((a * self.scorer_kernel + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+        return convolutions + widths[-1] + 1
+
+    def misfits(self, geometry: AttentionGeometry, layer_index: int) -> list[str]:
+        if (2 * geometry.head_size) >> self.scorer_layers < 1:
+            return [f"{self.scorer_layers} scorer layers halve the {2 * geometry.head_size} channels below one."]
+        return []
+
+    def warnings(self, geometry: AttentionGeometry, context: int) -> list[str]:
+        if context <= self.window_tokens + self.budget_tokens:
+            return [
+                f"{self.name}: window and budget ({self.window_tokens} + {self.budget_tokens} tokens) hold the whole "
+                f"context of {context}; the cap never binds."
+            ]
+        return []
+
+    def state_bytes(self, geometry: AttentionGeometry, context: int, element_bytes: int) -> int:
+        key_value_bytes = 2 * geometry.head_size * element_bytes
+        slots = self.window_tokens + self.budget_tokens
+        slot_bytes = slots * (key_value_bytes + SCORE_BYTES + POSITION_BYTES)
+        unscored_bytes = 2 * self.margin_tokens * key_value_bytes
+        last_position_bytes = POSITION_BYTES
+        return geometry.num_key_heads * (slot_bytes + unscored_bytes) + last_position_bytes
+
+    def new_parameters(self, geometry: AttentionGeometry) -> int:
+        """Of one layer; with scorer_sharing "model" the same parameters serve every layer."""
+        scorers = geometry.num_key_heads if self.scorer_sharing == "head" else 1
+        return scorers * self.scorer_parameters(geometry.head_size)
