@@ -3,29 +3,26 @@
 from hybridize.checkpoint.faults import fault_point
 from hybridize.checkpoint.hashing import sha256_bytes, sha256_file, source_fingerprint
 from hybridize.checkpoint.lock import FolderLock
-from hybridize.checkpoint.manifest import (
-    FileRecord,
-    Manifest,
-    VerifyReport,
-    read_manifest,
-    verify_folder,
-    write_manifest,
-)
+from hybridize.checkpoint.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from hybridize.checkpoint.reader import (
-    WeightScan,
     check_folder,
     check_tensors,
     load_state,
     load_tensors,
     read_config,
-    require_usable_weights,
-    scan_finite,
     tensor_headers,
 )
 from hybridize.checkpoint.resources import require_free_disk, resource_errors
 from hybridize.checkpoint.safetensors_header import TensorHeader
 from hybridize.checkpoint.safetensors_writer import save_tensors
 from hybridize.checkpoint.source import CheckpointSource, resolve_source
+from hybridize.checkpoint.verify import (
+    VerifyReport,
+    WeightScan,
+    require_usable_weights,
+    scan_finite,
+    verify_folder,
+)
 from hybridize.checkpoint.writer import AtomicFolder
 
 __all__ = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from hybridize.errors import CheckpointError
+from hybridize.errors import CheckpointError, ResourceError
 
 MAX_JSON_BYTES = 8 * 2**20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -105,6 +106,9 @@ def open_regular(folder: Path, name: str) -> tuple[BinaryIO, int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "Raise the limit: ulimit -n 4096."
+            raise ResourceError("Too many files are open.", where=str(folder / name), hint=hint) from error
         raise CheckpointError(
             f"The file cannot be opened ({error.strerror}).", where=str(folder / name), hint="Check its permissions."
         ) from None
@@ -117,6 +121,15 @@ def open_regular(folder: Path, name: str) -> tuple[BinaryIO, int]:
             hint="A checkpoint holds plain files only; remove it or download the checkpoint again.",
         )
     return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def list_names(folder: Path) -> list[str]:
+    """Names in a folder, sorted. Raises CheckpointError if it cannot be listed."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        what = f"The folder cannot be read ({error.strerror})."
+        raise CheckpointError(what, where=str(folder), hint="Check the path and its permissions.") from None
 
 
 def read_json_object(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

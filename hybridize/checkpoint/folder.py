@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint.files import PICKLE_SUFFIXES, check_shard_name, contained_path, read_json_object
+from hybridize.checkpoint.files import PICKLE_SUFFIXES, check_shard_name, contained_path, list_names, read_json_object
 from hybridize.checkpoint.safetensors_header import TensorHeader, read_safetensors_header
 from hybridize.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "manifest.json"
-MAX_INDEX_BYTES = 64 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
 MAX_INDEX_ENTRIES = 500_000  # the largest open models have about 10^5 tensors
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -27,7 +27,7 @@ def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: a fault in a file, a hostile name, or files that do not belong together.
     """
-    present = sorted(path.name for path in folder.iterdir() if path.name.endswith(".safetensors"))
+    present = [name for name in list_names(folder) if name.endswith(".safetensors")]
     has_index = (folder / INDEX_FILE).exists() or (folder / INDEX_FILE).is_symlink()
     if not has_index and SINGLE_FILE not in present:
         raise _no_weights(folder, present)
@@ -75,7 +75,7 @@ def check_safetensors_folder(folder: Path, *, complete: bool = True) -> dict[str
 
 
 def _no_weights(folder: Path, present: list[str]) -> CheckpointError:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    pickles = [name for name in list_names(folder) if name.endswith(PICKLE_SUFFIXES)]
     if any(_SHARD.fullmatch(name) for name in present):
         what = f"There are shards but no {INDEX_FILE}."
         hint = "Download the index too; without it nobody can tell whether a shard is missing."

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.files import check_relative_name, read_json_object
-from hybridize.checkpoint.folder import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, name_some, read_folder_headers
+from hybridize.checkpoint.folder import MANIFEST_FILE, name_some
 from hybridize.checkpoint.hashing import sha256_file
-from hybridize.checkpoint.reader import scan_finite
 from hybridize.checkpoint.resources import resource_errors, sync_file
-from hybridize.checkpoint.source import CheckpointSource
-from hybridize.errors import CheckpointError, VerificationError
+from hybridize.errors import CheckpointError
 
 FORMAT = "hybridize-manifest"
 VERSION = 1
+MAX_MANIFEST_BYTES = 64 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "Copy or download the folder again, or repeat the command that wrote it."
 
@@ -51,18 +50,6 @@ class Manifest:
     files: Mapping[str, FileRecord]
     created_by: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `verify_folder` checked; it only exists when everything was right."""
-
-    folder: Path
-    kind: str
-    num_files: int
-    size_bytes: int
-    num_tensors: int
-    warnings: tuple[str, ...]
 
 
 def folder_files(folder: Path) -> list[str]:
@@ -115,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST_FILE).exists():
         what = f"There is no {MANIFEST_FILE}: the folder was not written by hybridize, or not to its end."
         raise CheckpointError(what, where=str(folder), hint="Run the command that wrote it again.")
-    document = read_json_object(folder, MANIFEST_FILE, max_bytes=64 * 2**20)
+    document = read_json_object(folder, MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
     if document.get("format") != FORMAT:
         raise CheckpointError("This is not a manifest of hybridize.", where=where, hint=_AGAIN)
     if document.get("version") != VERSION:
@@ -138,44 +125,16 @@ def _record(name: str, entry: Any, where: str) -> FileRecord:
     raise CheckpointError(f"The manifest's entry of {name!r:.200} is malformed.", where=where, hint=_AGAIN)
 
 
-def verify_folder(folder: str | Path, *, allow_extra: Collection[str] = (), finite: bool = True) -> VerifyReport:
-    """Check a folder of ours against its manifest: every file there, none besides, each byte the same.
-
-    Tensor headers are parsed and, unless `finite` is False, every weight is checked for NaN and Inf.
-
-    Raises:
-        CheckpointError: no manifest, or a damaged one.
-        VerificationError: names every file that is missing, changed or extra, or tensors that are not finite.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+def compare_with_manifest(folder: Path, manifest: Manifest, *, allow_extra: Collection[str] = ()) -> str:
+    """Hash the folder's files; return what is missing, changed or extra, by name, or "" when all is as written."""
     present = set(folder_files(folder))
     missing = sorted(name for name in manifest.files if name not in present)
     extra = sorted(present - set(manifest.files) - set(allow_extra))
     changed = [name for name in sorted(manifest.files) if name in present and _differs(folder, name, manifest)]
     found = (("missing", missing), ("changed", changed), ("not in the manifest", extra))
-    problems = [f"{word}: {name_some(names)}" for word, names in found if names]
-    if problems:
-        what = f"The folder is not what its manifest says ({'; '.join(problems)})."
-        raise VerificationError(what, where=str(folder), hint=_AGAIN)
-    size = sum(record.size_bytes for record in manifest.files.values())
-    num_tensors, warnings = _verify_weights(folder, manifest, finite)
-    return VerifyReport(folder, manifest.kind, len(manifest.files), size, num_tensors, warnings)
+    return "; ".join(f"{word}: {name_some(names)}" for word, names in found if names)
 
 
 def _differs(folder: Path, name: str, manifest: Manifest) -> bool:
     sha256, size = sha256_file(folder, name)
     return FileRecord(sha256, size) != manifest.files[name]
-
-
-def _verify_weights(folder: Path, manifest: Manifest, finite: bool) -> tuple[int, tuple[str, ...]]:
-    if SINGLE_FILE not in manifest.files and INDEX_FILE not in manifest.files:
-        return 0, ()
-    num_tensors = len(read_folder_headers(folder))
-    if not finite:
-        return num_tensors, ()
-    scan = scan_finite(CheckpointSource("folder", folder, None, str(folder), None, 0))
-    if scan.not_finite:
-        what = f"Tensors hold NaN or Inf: {name_some(list(scan.not_finite))}."
-        raise VerificationError(what, where=str(folder), hint="The model was broken when it was saved; write it again.")
-    return num_tensors, scan.warnings

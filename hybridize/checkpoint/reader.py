@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hybridize.checkpoint.files import contained_path, read_json_object
@@ -11,7 +10,7 @@ from hybridize.checkpoint.folder import check_safetensors_folder, name_some, rea
 from hybridize.checkpoint.gguf_file import gguf_config, load_gguf_tensors, read_gguf
 from hybridize.checkpoint.safetensors_header import TensorHeader
 from hybridize.checkpoint.source import CheckpointSource
-from hybridize.errors import CheckpointError, NumbersError
+from hybridize.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -146,59 +145,3 @@ def load_tensors(source: CheckpointSource, names: Iterable[str] | None = None) -
 def load_state(source: CheckpointSource, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """`load_tensors` as a dictionary."""
     return dict(load_tensors(source, names))
-
-
-@dataclass(frozen=True)
-class WeightScan:
-    """What reading every tensor once found.
-
-    Attributes:
-        num_tensors: how many were read.
-        not_finite: names of tensors with NaN or Inf.
-        all_zero: names of matrices that are zero throughout.
-        num_matrices: how many matrices were read.
-    """
-
-    num_tensors: int
-    not_finite: tuple[str, ...]
-    all_zero: tuple[str, ...]
-    num_matrices: int
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Sentences for the user; empty when nothing is odd."""
-        return tuple(f"The matrix {name} is zero throughout; the file may be damaged." for name in self.all_zero)
-
-
-def scan_finite(source: CheckpointSource) -> WeightScan:
-    """Read every tensor once and report NaN, Inf and all-zero matrices. Nothing is raised for what it finds."""
-    num_tensors = num_matrices = 0
-    not_finite: list[str] = []
-    all_zero: list[str] = []
-    for name, tensor in load_tensors(source):
-        num_tensors += 1
-        if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().all()):
-            not_finite.append(name)
-        if tensor.dim() >= 2:
-            num_matrices += 1
-            if not bool(tensor.any()):
-                all_zero.append(name)
-    return WeightScan(num_tensors, tuple(not_finite), tuple(all_zero), num_matrices)
-
-
-def require_usable_weights(source: CheckpointSource) -> WeightScan:
-    """`scan_finite`, raising for weights that no model can be made from.
-
-    Raises:
-        NumbersError: NaN or Inf, by tensor name.
-        CheckpointError: more than half of the matrices are zero throughout: the bodies were lost.
-    """
-    scan = scan_finite(source)
-    if scan.not_finite:
-        what = f"{len(scan.not_finite)} tensors hold NaN or Inf: {name_some(list(scan.not_finite))}."
-        hint = "The checkpoint is damaged or diverged in training; download it again or use another revision."
-        raise NumbersError(what, where=source.spec, hint=hint)
-    if 2 * len(scan.all_zero) > scan.num_matrices:
-        what = f"{len(scan.all_zero)} of {scan.num_matrices} matrices are zero: {name_some(list(scan.all_zero))}."
-        raise CheckpointError(what, where=source.spec, hint="The file lost its contents; download it again.")
-    return scan

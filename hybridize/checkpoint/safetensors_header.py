@@ -14,7 +14,7 @@ from typing import Any
 from hybridize.checkpoint.files import open_regular, parse_json_object
 from hybridize.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_HEADER_BYTES = 32 * 2**20  # 10^5 tensors take about 12 MB; parsed JSON takes many times its size in memory
 
 # Bits an element of each dtype of the format takes.
 DTYPE_BITS = {
