@@ -1,0 +1,173 @@
+"""Gated DeltaNet: attention replaced by a recurrent state that is decayed, corrected and read once a token.
+
+For each query head, with unit q and k:
+
+    S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + b_t k_t v_tᵀ,    o_t = S_tᵀ q_t
+
+Source: Yang et al., Gated Delta Networks, https://arxiv.org/abs/2412.06464, eq. 10. Unlike the paper, q and k pass the
+teacher's norms and RoPE, grouped keys and values are shared as in the teacher, the convolution is off unless asked for,
+the gate starts at 1, and the half-lives of the heads start spread out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hybridize_kernels import gated_delta_rule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hybridize.families.base import AttentionGeometry
+from hybridize.mixers.base import Mixer, MixerState, Rope
+from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
+
+SHORTEST_HALF_LIFE_TOKENS = 16.0
+LONGEST_HALF_LIFE_TOKENS = 1024.0
+_INITIAL_BETA = 0.5
+_NORM_EPSILON = 1e-6
+
+
+class GatedDeltaNetParameters(nn.Module):
+    """What the teacher does not have. No name here ends like a projection of the teacher, lest LoRA take it for one.
+
+    Attributes:
+        decay: hidden_size -> HQ; with `decay_bias` and `decay_rate` [HQ] it gives
+            log a_t = −exp(decay_rate) · softplus(decay(x_t) + decay_bias).
+        beta: hidden_size -> HQ, through a sigmoid.
+        output_scale: [HQ, D].
+        output_gate: hidden_size -> HQ·D, or None.
+        q_taps, k_taps, v_taps: [channels, taps], the newest token last; or None.
+    """
+
+    def __init__(self, config: GatedDeltaNetConfig, geometry: AttentionGeometry) -> None:
+        super().__init__()
+        self.config = config
+        width, heads, head_size = geometry.hidden_size, geometry.num_query_heads, geometry.head_size
+        self.decay = nn.Linear(width, heads, bias=False)
+        self.decay_bias = nn.Parameter(torch.empty(heads))
+        self.decay_rate = nn.Parameter(torch.empty(heads))
+        self.beta = nn.Linear(width, heads)
+        self.output_scale = nn.Parameter(torch.empty(heads, head_size))
+        self.output_gate = nn.Linear(width, heads * head_size, bias=False) if config.output_gate else None
+        taps = config.short_convolution
+        channels = (heads * head_size, geometry.num_key_heads * head_size)
+        self.q_taps = nn.Parameter(torch.empty(channels[0], taps)) if taps else None
+        self.k_taps = nn.Parameter(torch.empty(channels[1], taps)) if taps else None
+        self.v_taps = nn.Parameter(torch.empty(channels[1], taps)) if taps else None
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Half-lives spread geometrically over the heads, beta at its start, gate at 1, convolutions the identity."""
+        for linear in (self.decay, self.beta, self.output_gate):
+            if linear is not None:
+                nn.init.zeros_(linear.weight)
+        heads = self.decay_rate.shape[0]
+        # softplus(0) = ln 2, so that a half-life h is simply decay_rate = −ln h.
+        nn.init.zeros_(self.decay_bias)
+        longest, shortest = math.log(LONGEST_HALF_LIFE_TOKENS), math.log(SHORTEST_HALF_LIFE_TOKENS)
+        self.decay_rate.copy_(-torch.linspace(shortest, longest, heads))
+        ceiling = 2.0 if self.config.negative_eigenvalues else 1.0
+        nn.init.constant_(self.beta.bias, math.log(_INITIAL_BETA / (ceiling - _INITIAL_BETA)))
+        nn.init.ones_(self.output_scale)
+        for taps in (self.q_taps, self.k_taps, self.v_taps):
+            if taps is not None:
+                nn.init.zeros_(taps)
+                taps[:, -1] = 1.0
+
+    def gates(self, hidden_states: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """log a and b, each [B, T, HQ] fp32; both 0 where `real` [B, T] is False, which leaves the state untouched."""
+        rate = torch.exp(self.decay_rate.float())
+        log_decay = -rate * F.softplus(self.decay(hidden_states).float() + self.decay_bias.float())
+        beta = torch.sigmoid(self.beta(hidden_states).float())
+        if self.config.negative_eigenvalues:
+            beta = 2.0 * beta
+        return torch.where(real[..., None], log_decay, 0.0), torch.where(real[..., None], beta, 0.0)
+
+    def finish(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        """Norm, scale and gate of the outputs [B, T, HQ, D]."""
+        if self.config.output_norm:
+            out = F.rms_norm(out.float(), out.shape[-1:], eps=_NORM_EPSILON).to(out.dtype)
+        out = out * self.output_scale
+        if self.output_gate is None:
+            return out
+        return out * (2.0 * torch.sigmoid(self.output_gate(hidden_states))).view_as(out)
+
+
+class GatedDeltaNet(Mixer):
+    """See the module. State: [B, HQ, D, D] fp32, and the last tokens of q, k and v where there is a convolution."""
+
+    config_class = GatedDeltaNetConfig
+
+    def build_new(self) -> nn.Module:
+        return GatedDeltaNetParameters(self.config, self.geometry)
+
+    def initialise_new(self) -> None:
+        self.new.initialise()
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        rope: Rope,
+        state: MixerState | None,
+        positions: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        real = positions >= 0
+        if self.config.short_convolution:
+            q, k, v = self._convolve(q, k, v, state, real)
+        if self.config.rope:
+            q, k = rope(q), rope(k)
+        # Whole heads are repeated: query head n reads key head n // G, as in the teacher.
+        group = self.geometry.group_size
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+        log_decay, beta = self.new.gates(hidden_states, real)
+        out, recurrent = gated_delta_rule(
+            q,
+            k,
+            v,
+            log_decay,
+            beta,
+            scale=1.0,
+            initial_state=None if state is None else state["recurrent"],
+            output_final_state=state is not None,
+            normalize_qk=True,
+        )
+        if state is not None and recurrent is not None:
+            state["recurrent"] = recurrent
+        out = self.new.finish(out, hidden_states)
+        return torch.where(real[..., None, None], out, 0.0), {}
+
+    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
+        heads, head_size = self.geometry.num_query_heads, self.geometry.head_size
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {"recurrent": torch.zeros(batch, heads, head_size, head_size, device=device, dtype=wide)}
+        if self.config.short_convolution:
+            channels = (heads + 2 * self.geometry.num_key_heads) * head_size
+            tail_tokens = self.config.short_convolution - 1
+            tensors["tail"] = torch.zeros(batch, tail_tokens, channels, device=device, dtype=dtype)
+        return MixerState(tensors)
+
+    def _convolve(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, real: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal convolution over the real tokens of each row; padding between them is stepped over."""
+        new, tail_tokens = self.new, self.config.short_convolution - 1
+        heads = [x.shape[2] for x in (q, k, v)]
+        x = torch.cat((q, k, v), dim=2).flatten(2)  # [B, T, channels]
+        taps = torch.cat((new.q_taps, new.k_taps, new.v_taps)).unsqueeze(1)  # [channels, 1, taps]
+        tail = x.new_zeros(x.shape[0], tail_tokens, x.shape[2]) if state is None else state["tail"].to(x.dtype)
+        x = torch.cat((tail, x * real[..., None]), dim=1)
+        # Padding is moved to the front, before the tail, so that every real token follows the real one before it.
+        known = torch.cat((real.new_ones(real.shape[0], tail_tokens), real), dim=1)
+        order = known.long().argsort(dim=1, stable=True)  # [B, tail + T]
+        x = x.gather(1, order[..., None].expand_as(x))
+        if state is not None:
+            state["tail"] = x[:, x.shape[1] - tail_tokens :].contiguous()
+        convolved = F.conv1d(F.pad(x, (0, 0, tail_tokens, 0)).transpose(1, 2), taps, groups=x.shape[2]).transpose(1, 2)
+        convolved = torch.zeros_like(convolved).scatter(1, order[..., None].expand_as(convolved), convolved)
+        out = convolved[:, tail_tokens:].unflatten(2, (-1, self.geometry.head_size))
+        first, second, third = out.split(heads, dim=2)
+        return first, second, third
