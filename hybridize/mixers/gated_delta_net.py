@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 
 import torch
-from hybridize_kernels import gated_delta_rule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
+from hybridize_kernels import gated_delta_rule
 
 SHORTEST_HALF_LIFE_TOKENS = 16.0
 LONGEST_HALF_LIFE_TOKENS = 1024.0

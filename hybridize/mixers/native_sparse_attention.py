@@ -2,8 +2,8 @@
 
     o_i = g_cmp · attend(block means) + g_slc · attend(chosen blocks) + g_win · attend(window)
 
-Source: Yuan et al., https://arxiv.org/abs/2502.11089. Unlike the paper, keys and values are pooled by their mean (no new
-parameters), the three branches share the teacher's keys and values, and the gates start where the teacher is.
+Source: Yuan et al., https://arxiv.org/abs/2502.11089. Unlike the paper, keys and values are pooled by their mean (no
+new parameters), the three branches share the teacher's keys and values, and the gates start where the teacher is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 
 import torch
-from hybridize_kernels import native_sparse_attention
 from torch import Tensor, nn
 
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.native_sparse_attention import NativeSparseAttentionConfig
+from hybridize_kernels import native_sparse_attention
 
 BRANCHES = ("compressed", "selected", "window")
 
@@ -53,9 +53,9 @@ class NativeSparseAttention(Mixer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         q, k = rope(q), rope(k)
         gates = torch.sigmoid(self.new["branch_gates"](hidden_states)).unflatten(-1, (-1, len(BRANCHES)))
-        key_positions, means = positions, (None, None)
+        key_positions, key_means, value_means = positions, None, None
         if state is not None:
-            k, v, key_positions, means = self._append(state, k, v, positions)
+            k, v, key_positions, key_means, value_means = self._append(state, k, v, positions)
         out = native_sparse_attention(
             q,
             k,
@@ -68,8 +68,8 @@ class NativeSparseAttention(Mixer):
             key_positions=key_positions,
             dense_below=self.config.dense_below,
             scale=self.scale,
-            compressed_k=means[0],
-            compressed_v=means[1],
+            compressed_k=key_means,
+            compressed_v=value_means,
         )
         return out, {}
 
@@ -88,7 +88,7 @@ class NativeSparseAttention(Mixer):
 
     def _append(
         self, state: MixerState, k: Tensor, v: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Stores new tokens; returns all keys, values and positions, and the means of all blocks."""
         state["keys"] = torch.cat((state["keys"], k), dim=1)
         state["values"] = torch.cat((state["values"], v), dim=1)
@@ -105,4 +105,4 @@ class NativeSparseAttention(Mixer):
             sums = torch.cat((sums, grown), dim=1).scatter_add(1, block.expand_as(x), added)
             state[name] = sums
             means.append((sums / self.config.block_tokens).to(x.dtype))
-        return state["keys"], state["values"], state["positions"].long(), (means[0], means[1])
+        return state["keys"], state["values"], state["positions"].long(), means[0], means[1]
