@@ -1,4 +1,4 @@
-"""The four operations of hybridize: one public function each, with a reference, an eager and, where it pays, a Triton form.
+"""The four operations of hybridize: one public function each, in up to three forms (reference, eager, Triton).
 
 Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads, head size]`.
 """

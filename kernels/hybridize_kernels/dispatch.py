@@ -44,9 +44,11 @@ def choose(
     if forced == "triton":
         if not has_kernel:
             raise ValueError(f"{op} has no Triton kernel: use 'eager' or 'reference'")
+        if not _HAS_TRITON:
+            raise ValueError(f"{op}: Triton is not installed: use 'eager' or 'reference'")
         if not kernel_fits or needs_grad(*tensors):
             raise ValueError(
-                f"the Triton kernel of {op} does not cover this call (its shapes, or a gradient is needed)"
+                f"the Triton kernel of {op} does not cover this call : its shapes, or a gradient is needed"
             )
     if forced is not None:
         return forced

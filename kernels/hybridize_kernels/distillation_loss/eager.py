@@ -74,11 +74,12 @@ class _Divergence(torch.autograd.Function):
             student = _logits(hidden[rows], head, bias, dtype)
             teacher = _logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype)
             agreement += (student.argmax(-1) == teacher.argmax(-1)).sum()
-            divergence, grad = _divergence(student, teacher, temperature, direction, any(ctx.needs_input_grad[:3]))
+            with torch.autocast(hidden.device.type, enabled=False):  # the sums over the vocabulary need their digits
+                divergence, grad = _divergence(student, teacher, temperature, direction, any(ctx.needs_input_grad))
             loss += divergence
             if grad is None:
                 continue
-            grad = grad / tokens  # [chunk, vocabulary]
+            grad = grad.div_(tokens)  # [chunk, vocabulary]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -111,22 +112,30 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, dtype: torch.dtyp
 def _divergence(
     student: Tensor, teacher: Tensor, temperature: float, direction: str, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """temperature² · the summed divergence of a chunk, and its gradient with respect to the student's logits."""
-    log_p = (teacher / temperature).log_softmax(-1)
-    log_q = (student / temperature).log_softmax(-1)
-    q = log_q.exp()
-    p = log_p.exp()
-    difference = log_q - log_p
-    total = student.new_zeros(())
-    grad = torch.zeros_like(student) if want_grad else None
-    weight = 0.5 if direction == "mixed" else 1.0
+    """temperature² · the summed divergence of a chunk, and its gradient with respect to the student's logits.
+
+    Works in place where it can: at this size a fresh tensor costs more than the arithmetic on it.
+    """
+    log_p = teacher.div_(temperature).log_softmax(-1)
+    log_q = student.div_(temperature).log_softmax(-1)
+    p = torch.exp(log_p, out=teacher)
+    q = torch.exp(log_q, out=student)
+    difference = log_q.sub_(log_p)  # log q − log p
+    scale = temperature**2 * (0.5 if direction == "mixed" else 1.0)
+    total = difference.new_zeros(())
+    grad = torch.zeros((), dtype=q.dtype, device=q.device)
     if direction != "reverse":
-        total = total - weight * (p * difference).sum()
-        if grad is not None:
-            grad += weight * (q - p)
+        total -= scale * _rows_dot(p, difference).sum()
+        if want_grad:
+            grad = p.neg_().add_(q).mul_(scale / temperature)
     if direction != "forward":
-        reverse = (q * difference).sum(-1, keepdim=True)
-        total = total + weight * reverse.sum()
-        if grad is not None:
-            grad += weight * q * (difference - reverse)
-    return temperature**2 * total, None if grad is None else grad * temperature
+        reverse = _rows_dot(q, difference)
+        total += scale * reverse.sum()
+        if want_grad:
+            grad = grad + difference.sub_(reverse[:, None]).mul_(q).mul_(scale / temperature)
+    return total, grad if want_grad else None
+
+
+def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
+    """`[N, V]`, `[N, V]` -> `[N]`, without a product of their size."""
+    return (a[:, None, :] @ b[:, :, None])[:, 0, 0]

@@ -37,7 +37,8 @@ def gated_delta_rule(
         normalize_qk: L2-normalise q and k over K first.
 
     Returns:
-        The output `[B, T, HV, V]` in v's dtype, and the final state `[B, HV, K, V]` (fp32; fp64 for fp64 inputs) or None.
+        The output `[B, T, HV, V]` in v's dtype and, if asked for, the final state `[B, HV, K, V]` in fp32 (fp64 for
+        fp64 inputs).
 
     Raises:
         ValueError: a shape does not fit the others.

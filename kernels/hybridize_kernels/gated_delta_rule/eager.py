@@ -27,7 +27,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """o_t = scale · S_tᵀ q_t with S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + b_t k_t v_tᵀ and a_t = exp(log_decay_t).
 
-    q, k: `[B, T, H, K]`; v: `[B, T, HV, V]` (HV a multiple of H); log_decay, beta: `[B, T, HV]`; state: `[B, HV, K, V]`.
+    q, k: `[B, T, H, K]`; v: `[B, T, HV, V]`, HV a multiple of H; log_decay, beta `[B, T, HV]`; state `[B, HV, K, V]`.
     Returns the output `[B, T, HV, V]` in v's dtype and, if asked for, the final state in fp32 (fp64 for fp64 inputs).
     Source: https://arxiv.org/abs/2412.06464 (chunked form: https://arxiv.org/abs/2406.06484, section 3).
     """
@@ -108,7 +108,8 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, s
         state = state * decay_n + into_state_n @ delta
     if not outputs:
         return v.flatten(2, 3), state
-    return torch.cat(outputs, dim=2)[:, :, :time], state
+    output: Tensor = torch.cat(outputs, dim=2)
+    return output[:, :, :time], state
 
 
 def _split(x: Tensor, count: int, chunk: int) -> Tensor:
@@ -116,4 +117,4 @@ def _split(x: Tensor, count: int, chunk: int) -> Tensor:
     missing = count * chunk - x.shape[2]
     if missing:
         x = torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], dim=2)
-    return x.unflatten(2, (count, chunk))
+    return x.reshape(*x.shape[:2], count, chunk, *x.shape[3:])

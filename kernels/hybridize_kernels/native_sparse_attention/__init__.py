@@ -41,7 +41,7 @@ def native_sparse_attention(
         query_positions: `[B, T]`, key_positions: `[B, S]`, int64, real tokens counted from 0 in each row; −1 is padding
             (a padded query gives zeros).
         scale: factor on the scores; D**-0.5 unless given.
-        compressed_k, compressed_v: `[B, blocks, H, D]`, the means that a cache keeps; computed from k and v unless given.
+        compressed_k, compressed_v: `[B, blocks, H, D]`, means that a cache keeps; computed from k and v unless given.
 
     Returns:
         `[B, T, HQ, D]`.

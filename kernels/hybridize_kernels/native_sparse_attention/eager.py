@@ -84,7 +84,7 @@ def _block_means(x: Tensor, key_positions: Tensor, block_size: int) -> Tensor:
 def _compressed(
     q: Tensor, block_k: Tensor, block_v: Tensor, position: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The branch over complete blocks `[B, H, G, t, D]` and its probabilities `[B, H, G, t, blocks]` (at least fp32)."""
+    """The branch over complete blocks `[B, H, G, t, D]` and its probabilities `[B, H, G, t, blocks]`, fp32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):  # the choice of blocks hangs on these probabilities
         complete = torch.arange(block_k.shape[2], device=q.device) < (position + 1) // block_size  # [B, 1, t, blocks]
@@ -130,4 +130,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tens
         attn_mask=mask.flatten(0, 1)[:, None],
         scale=scale,
     )
-    return output.unflatten(0, (batch, heads)).masked_fill(blind[:, :, None], 0.0)
+    return output.view(batch, heads, *output.shape[1:]).masked_fill(blind[:, :, None], 0.0)

@@ -29,8 +29,8 @@ def native_sparse_attention(
         key_position = key_positions[b]
         keys, values = k[b].to(dtype), v[b].to(dtype)  # [S, H, D]
         if compressed_k is None or compressed_v is None:
-            complete = int(key_position.max() + 1) // block_size if len(key_position) else 0
-            members = [(key_position >= 0) & (key_position // block_size == c) for c in range(complete)]
+            blocks = int(key_position.max() + 1) // block_size if len(key_position) else 0
+            members = [(key_position >= 0) & (key_position // block_size == c) for c in range(blocks)]
             block_keys = _stack([keys[member].mean(0) for member in members], keys)
             block_values = _stack([values[member].mean(0) for member in members], values)
         else:

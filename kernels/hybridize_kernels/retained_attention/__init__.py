@@ -1,4 +1,4 @@
-"""Softmax attention over a sliding window, sinks and retained tokens; one causal meaning in training, prefill, decode."""
+"""Softmax attention over a window, sinks and retained tokens, with one meaning in training, prefill and decode."""
 
 from torch import Tensor
 
@@ -75,11 +75,13 @@ def retained_attention(
 def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:
     """The position of the newest token outside the window from which on each key is no longer retained.
 
-    Query i retains key j (outside its window) exactly when pos_i − window < eviction_position_j. The largest int64 means
-    never evicted; a key that is not kept, or finds `budget` better ones before it, has its own position; an empty slot −1.
+    Query i retains key j (outside its window) exactly when pos_i − window < eviction_position_j. The largest int64
+    means never evicted; a key that is not kept, or has `budget` better ones before it, gets its own position; an empty
+    slot −1.
 
     Args:
-        score: `[B, S, H]`. key_positions: `[B, S]` or `[B, S, H]` int64. sinks, budget, window: as in retained_attention.
+        score: `[B, S, H]`. key_positions: `[B, S]` or `[B, S, H]` int64.
+        sinks, budget, window: as in retained_attention.
             The window moves every query's boundary alike, so it does not change the result.
 
     Returns:

@@ -33,7 +33,7 @@ def retained_attention(
     i's window). The score's gradient is that of a gate of value 1 on v.
     """
     batch, time, query_heads, head_size = q.shape
-    keys, heads = k.shape[1:3]
+    heads = k.shape[2]
     scale = head_size**-0.5 if scale is None else scale
     # Where every key head has the same positions and no score, one mask serves them all.
     positions = (key_positions if key_positions.ndim == 3 else key_positions[..., None]).transpose(
@@ -84,13 +84,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tens
         attn_mask=mask.flatten(0, 1)[:, None],
         scale=scale,
     )
-    return output.unflatten(0, (batch, heads)).masked_fill(blind[:, :, None], 0.0)
+    return output.view(batch, heads, *output.shape[1:]).masked_fill(blind[:, :, None], 0.0)
 
 
 def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:
-    """int64 `[B, S, H]`: query i retains key j outside its window exactly when pos_i − window < eviction position of j.
+    """int64 `[B, S, H]`: query i retains key j outside its window exactly when pos_i − window < its value at j.
 
-    The window shifts all boundaries alike and does not enter. score: `[B, S, H]`; key_positions: `[B, S]` or `[B, S, H]`.
+    The window shifts all boundaries alike and does not enter. score: `[B, S, H]`; key_positions: `[B, S]` or with `H`.
     """
     if key_positions.ndim == 2:
         key_positions = key_positions[..., None].expand(score.shape)
@@ -115,9 +115,8 @@ def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budge
     blocks = -(-keys // block)
     member = torch.zeros(*rank.shape, blocks, dtype=torch.int32, device=score.device)  # [B, H, rank, block]
     member.scatter_(-1, (by_rank // block)[..., None], kept.gather(-1, by_rank)[..., None].int())
-    better = (member.cumsum(-2, dtype=torch.int32) - member).cumsum(
-        -1, dtype=torch.int32
-    )  # better keys than that of a rank, up to the end of a block
+    better = member.cumsum(-2, dtype=torch.int32) - member  # kept keys of a block that rank before a rank
+    better = better.cumsum(-1, dtype=torch.int32)  # ... up to the end of that block
     better = better.gather(-2, rank[..., None].expand(*rank.shape, blocks))  # [B, H, key, block]
     full_block = (better < budget).sum(-1)  # the first block in which `budget` better keys have been met
     inside = full_block.clamp(max=blocks - 1)

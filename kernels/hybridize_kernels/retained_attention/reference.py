@@ -81,7 +81,7 @@ def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budge
 
 
 def _kept_and_order(score: Tensor | None, positions: Tensor, sinks: int) -> tuple[Tensor, Tensor]:
-    """kept, bool `[B, H, S]`, and before, bool `[B, H, S, S]`: whether key l (first S) ranks before key j (second S)."""
+    """kept, bool `[B, H, S]`, and before, bool `[B, H, S, S]`: whether key l (first S) ranks before key j (last S)."""
     positions = positions.transpose(1, 2)
     sink = (positions >= 0) & (positions < sinks)
     values = torch.full(positions.shape, -1.0, dtype=torch.float64, device=positions.device)
