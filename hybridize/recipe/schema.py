@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from hybridize.errors import RecipeError
@@ -310,6 +311,32 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a recipe was read from, so that later checks can still name file and line.
+
+    Attributes:
+        path: the recipe file.
+        lines: "file:line" (or "--set ...") by dotted key.
+        overrides: the `--set` texts, in order.
+    """
+
+    path: Path
+    lines: Mapping[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative text paths start from."""
+        return self.path.parent
+
+    def where(self, key: str) -> str:
+        """The place of a dotted key, or of its nearest parent that was written."""
+        while key and key not in self.lines:
+            key = key.rpartition(".")[0]
+        return self.lines.get(key, str(self.path))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe file.
 
@@ -318,6 +345,7 @@ class Recipe:
         layers: which layer gets which mixer.
         mixers: named settings that `layers` refers to.
         dtype: type of the converted weights; auto: that of the checkpoint (float32 for GGUF).
+        origin: where it was read from; None for a recipe made in Python. Not a key of the file.
     """
 
     model: str
@@ -330,6 +358,7 @@ class Recipe:
     distill: Distill | None = None
     export: Export = field(default_factory=Export)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    origin: Origin | None = field(default=None, compare=False, repr=False, metadata={"in_file": False})
 
     def __post_init__(self) -> None:
         _require(self.version == 1, "version", f"this hybridize reads version 1 recipes, not {self.version}.")
