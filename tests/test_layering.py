@@ -55,7 +55,9 @@ SLOW_TO_IMPORT = {"torch", "transformers", "peft", "datasets", "accelerate", "tr
 ONLY_IN_CHECKPOINT = {"safetensors", "gguf"}
 PRINTS = ("print", "sys.stdout.write", "sys.stderr.write")
 ONLY_SINK = "hybridize/cli/output.py"
-RUNS_REMOTE_CODE = "hybridize/model/elsewhere.py"  # a child process, on a folder that was just written
+CHILD_PROCESS = "hybridize/model/elsewhere.py"
+"""Run by itself: it loads the code of a folder that was just written, and answers its parent on standard output."""
+
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "eval", "exec"}
 ASKS_FOR_THE_GPU = {"is_available", "get_device_capability", "get_device_properties", "get_device_name"}
@@ -182,7 +184,7 @@ def only_checkpoint_opens_model_files(path: str, source: str) -> list[str]:
 
 
 def only_the_sink_prints(path: str, source: str) -> list[str]:
-    if path == ONLY_SINK or path.startswith("kernels/"):
+    if path in (ONLY_SINK, CHILD_PROCESS) or path.startswith("kernels/"):
         return []
     complaints = []
     for node in ast.walk(ast.parse(source)):
@@ -197,7 +199,7 @@ def only_the_sink_prints(path: str, source: str) -> list[str]:
 
 
 def no_remote_code(path: str, source: str) -> list[str]:
-    if path == RUNS_REMOTE_CODE:
+    if path == CHILD_PROCESS:
         return []
     complaints = []
     for node in ast.walk(ast.parse(source)):

