@@ -69,7 +69,7 @@ class Builder:
         if hint in self.special:
             return self.special[hint](self, node, key)
         if dataclasses.is_dataclass(hint):
-            shorthand = self.shorthands.get(hint)
+            shorthand = self.shorthands.get(hint)  # type: ignore[arg-type]
             return self.dataclass(hint, shorthand(node) if shorthand else node, key)
         return self._scalar(hint, node, key)
 

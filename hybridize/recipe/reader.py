@@ -14,7 +14,7 @@ from hybridize.recipe.overrides import apply_overrides
 from hybridize.recipe.schema import LayerPlan, MixerChoice, Origin, Recipe, TextSource
 
 ConfigOf = Callable[[str], type]
-"""Gives the configuration class of a mixer by name, or raises RecipeError (`hybridize.mixers.registry.config_class`)."""
+"""Gives a mixer's configuration class by name, or raises RecipeError: `hybridize.mixers.registry.config_class`."""
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = (), mixer_configs: ConfigOf | None = None) -> Recipe:
@@ -70,7 +70,7 @@ def _recipe(root: Node, origin: Origin, mixer_configs: ConfigOf | None) -> Recip
         return _mixer_choice(builder, node, key, mixer_configs)
 
     builder = Builder({LayerPlan: _layer_plan, TextSource: _text_source}, {MixerChoice: choice})
-    recipe = builder.build(Recipe, root, "")
+    recipe: Recipe = builder.build(Recipe, root, "")
     raise_problems(builder.problems, where=str(origin.path))
     return dataclasses.replace(recipe, origin=dataclasses.replace(origin, lines=builder.lines))
 

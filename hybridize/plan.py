@@ -1,0 +1,265 @@
+"""The plan: which layer gets which mixer, and what that costs. Reads config.json and tensor headers, never a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from hybridize.checkpoint import (
+    CheckpointSource,
+    check_folder,
+    check_tensors,
+    read_config,
+    resolve_source,
+    sha256_bytes,
+    source_fingerprint,
+)
+from hybridize.errors import FamilyError, RecipeError
+from hybridize.families import AttentionGeometry, FamilyAdapter, family_of_config
+from hybridize.mixers.configs.base import MixerConfig
+from hybridize.mixers.configs.full_attention import FullAttentionConfig
+from hybridize.mixers.registry import MIXERS, config_class, config_from_dict
+from hybridize.plan_bill import Bill, make_bill
+from hybridize.recipe.build import raise_problems
+from hybridize.recipe.layers import choose_mixers
+from hybridize.recipe.reader import build_config
+from hybridize.recipe.schema import Recipe
+
+CONTEXTS = (4096, 8192, 32768, 131072)
+"""Context lengths, in tokens, at which the bill states the decoding memory."""
+VERSION = 1
+_DTYPES = ("float32", "bfloat16", "float16")
+_WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What `convert` will do.
+
+    Attributes:
+        model: the teacher as the recipe gives it.
+        revision: its Hub commit, or None.
+        fingerprint: SHA-256 over its configuration and tensor headers.
+        family: its model type.
+        teacher_config: its config.json.
+        geometry: its sizes.
+        layers: the mixer of every layer; `FullAttentionConfig` where the teacher's layer stays.
+        dtype: type of the converted weights.
+        seed: of the recipe.
+        bill: what it costs.
+        warnings: things that work but may surprise.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    family: str
+    teacher_config: Mapping[str, Any]
+    geometry: AttentionGeometry
+    layers: tuple[MixerConfig, ...]
+    dtype: Dtype
+    seed: int
+    bill: Bill
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> tuple[int, ...]:
+        """Indices of the layers that get a mixer."""
+        return tuple(index for index, config in enumerate(self.layers) if config.name != FullAttentionConfig.name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_json`."""
+        values = {name: getattr(self, name) for name in ("model", "revision", "fingerprint", "family", "dtype", "seed")}
+        return {
+            "format": "hybridize-plan",
+            "version": VERSION,
+            **values,
+            "teacher_config": dict(self.teacher_config),
+            "geometry": asdict(self.geometry),
+            "layers": [config.to_dict() for config in self.layers],
+            "bill": self.bill.to_json(),
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ConversionPlan:
+        """Reads what `to_json` gives.
+
+        Raises:
+            RecipeError: it is not a plan, or one of another version.
+        """
+        hint = "Make it again with `hybridize plan`."
+        if values.get("format") != "hybridize-plan" or values.get("version") != VERSION:
+            raise RecipeError("is not a plan of this version of hybridize.", where="plan.json", hint=hint)
+        try:
+            geometry = dict(values["geometry"])
+            geometry["projection_bias"] = tuple(geometry["projection_bias"])
+            geometry["windows"] = tuple(geometry["windows"])
+            return cls(
+                **{name: values[name] for name in ("model", "revision", "fingerprint", "family", "dtype", "seed")},
+                teacher_config=dict(values["teacher_config"]),
+                geometry=AttentionGeometry(**geometry),
+                layers=tuple(config_from_dict(layer) for layer in values["layers"]),
+                bill=Bill.from_json(values["bill"]),
+                warnings=tuple(values["warnings"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RecipeError(f"is damaged ({error!r}).", where="plan.json", hint=hint) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON."""
+        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConversionPlan:
+        """Reads a plan file.
+
+        Raises:
+            RecipeError: it is missing or is not a plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"cannot be read ({error}).", where=str(path), hint="Make it with `hybridize plan`."
+            ) from error
+        if not isinstance(values, dict):
+            raise RecipeError("is not a plan.", where=str(path), hint="Make it with `hybridize plan`.")
+        return cls.from_json(values)
+
+
+def plan(recipe: Recipe, *, offline: bool = False, contexts: Sequence[int] = CONTEXTS) -> ConversionPlan:
+    """Plans a conversion.
+
+    Args:
+        recipe: what the user wants.
+        offline: take Hub files from the local cache only.
+        contexts: context lengths, in tokens, for the state bytes.
+
+    Raises:
+        RecipeError: layers or mixers do not fit the model; every fault at once.
+        CheckpointError: the checkpoint is missing, damaged, or not what its config.json says.
+        FamilyError: the model is not one that can be converted.
+    """
+    source = resolve_source(recipe.model, offline=offline)
+    config = read_config(source)
+    if "hybridize" in config or str(config["model_type"]).startswith("hybridize_"):
+        raise FamilyError(
+            "this model is a hybrid already.", where=recipe.model, hint="Give the teacher that it was made from."
+        )
+    adapter, geometry = family_of_config(config)
+    layers = _mixer_configs(recipe, geometry)
+    warnings = _warnings(recipe, layers, geometry)
+    fingerprint = _check_weights(source, adapter, geometry, config, warnings)
+    dtype = _dtype(recipe, source, config)
+    return ConversionPlan(
+        model=recipe.model,
+        revision=source.revision,
+        fingerprint=fingerprint,
+        family=adapter.model_type,
+        teacher_config=config,
+        geometry=geometry,
+        layers=layers,
+        dtype=dtype,
+        seed=recipe.seed,
+        bill=make_bill(recipe, adapter, geometry, layers, dtype=dtype, contexts=contexts),
+        warnings=tuple(warnings),
+    )
+
+
+def _mixer_configs(recipe: Recipe, geometry: AttentionGeometry) -> tuple[MixerConfig, ...]:
+    choices = choose_mixers(recipe, geometry.num_layers, tuple(MIXERS))
+    built: dict[str, MixerConfig] = {}
+    problems: list[str] = []
+    where = recipe.origin.where if recipe.origin else lambda key: "recipe"
+    # Settings that no layer uses are checked too: a typing error in them would wait for the day they are used.
+    unused = [(f"mixers.{name}", choice) for name, choice in recipe.mixers.items()]
+    for key, choice in (*choices, *unused):
+        name = f"{key}/{choice.mixer}"
+        if name in built:
+            continue
+        try:
+            built[name] = build_config(config_class(choice.mixer), choice.options, where=where(key), key=key)
+        except RecipeError as error:
+            built[name] = FullAttentionConfig()
+            problems += error.problems or [f"{where(key)}: {key}.mixer: {error.what} {error.hint}"]
+    layers = tuple(built[f"{key}/{choice.mixer}"] for key, choice in choices)
+    misfits: dict[str, list[int]] = {}
+    for index, config in enumerate(layers):
+        for reason in config.misfits(geometry, index):
+            misfits.setdefault(f"{config.name}: {reason}", []).append(index)
+    problems += [f"{where('layers')}: layers {_ranges(at)}: {reason}" for reason, at in misfits.items()]
+    raise_problems(problems, where=where("layers"))
+    return layers
+
+
+def _warnings(recipe: Recipe, layers: Sequence[MixerConfig], geometry: AttentionGeometry) -> list[str]:
+    """What the mixers have to say at the longest training length, or at the teacher's own, by layers."""
+    lengths = [stage.sequence_tokens or 0 for stage in recipe.distill.stages] if recipe.distill else []
+    if recipe.data is not None:
+        lengths.append(recipe.data.sequence_tokens)
+    context = max(lengths, default=0) or geometry.max_positions
+    found: dict[str, list[int]] = {}
+    for index, config in enumerate(layers):
+        for warning in config.warnings(geometry, context) if context else ():
+            found.setdefault(warning, []).append(index)
+    warnings = [f"layers {_ranges(at)}: {warning}" for warning, at in found.items()]
+    if geometry.max_positions and context > geometry.max_positions:
+        warnings.append(
+            f"training sequences of {context} tokens are longer than the {geometry.max_positions} of the teacher."
+        )
+    if any(
+        window and config.name != FullAttentionConfig.name
+        for window, config in zip(geometry.windows, layers, strict=True)
+    ):
+        warnings.append("the teacher has a sliding window in layers that are converted; mixers do not keep to it.")
+    return warnings
+
+
+def _check_weights(
+    source: CheckpointSource,
+    adapter: FamilyAdapter,
+    geometry: AttentionGeometry,
+    config: Mapping[str, Any],
+    warnings: list[str],
+) -> str:
+    """Compares the tensor headers with the model; returns the fingerprint."""
+    if source.gguf_file is None and not any(path.name.endswith(_WEIGHT_ENDINGS) for path in source.path.iterdir()):
+        warnings.append("the folder holds no weights, only config.json: the tensors could not be checked.")
+        return sha256_bytes(json.dumps(config, sort_keys=True).encode())
+    headers = check_folder(source)
+    expected = adapter.tensor_shapes(geometry)
+    tied = {"lm_head.weight": expected["model.embed_tokens.weight"]} if geometry.tied_embeddings else {}
+    check_tensors(
+        headers,
+        {**expected, **tied},
+        optional=tuple(tied),
+        extra_allowed=(".rotary_emb.inv_freq",),
+        where=source.spec,
+    )
+    return source_fingerprint(source, headers_only=True)
+
+
+def _dtype(recipe: Recipe, source: CheckpointSource, config: Mapping[str, Any]) -> Dtype:
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    # A quantised file is expanded to float32: what it lost is lost, and nothing more.
+    return cast(Dtype, stated) if source.gguf_file is None and stated in _DTYPES else "float32"
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """ "0-3, 7" for 0, 1, 2, 3, 7."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

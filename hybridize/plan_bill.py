@@ -1,0 +1,143 @@
+"""What a conversion costs, from sizes alone: parameters, disk, memory, training tokens, decoding state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybridize.families import AttentionGeometry, FamilyAdapter
+from hybridize.mixers.configs.base import MixerConfig
+from hybridize.mixers.configs.full_attention import FullAttentionConfig
+from hybridize.recipe.schema import Recipe
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STATE_ELEMENT_BYTES = 2
+"""State bytes are stated for bfloat16 keys and values."""
+_TRAINED_BYTES = 4 + 4 + 4
+"""A trained parameter in a run checkpoint: its value and two Adam moments, all float32."""
+_PROGRAM_BYTES = 600 * 2**20
+"""What Python, torch and transformers take before any weight is loaded."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Costs.
+
+    Attributes:
+        teacher_parameters: of the teacher, tied weights counted once.
+        new_parameters: that the mixers add.
+        trained_parameters: in the largest stage: new, projections trained in full, and adapters.
+        checkpoint_bytes: the converted folder's weights.
+        disk_bytes: everything a whole run writes: converted folder, run checkpoints, export.
+        convert_memory_bytes: host memory at the peak of `convert`.
+        train_tokens: tokens of all stages, on one process.
+        state_bytes: decoding state of one sequence by context length, of student and teacher.
+    """
+
+    teacher_parameters: int
+    new_parameters: int
+    trained_parameters: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    convert_memory_bytes: int
+    train_tokens: int
+    state_bytes: Mapping[int, Mapping[str, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; context lengths become text, as JSON wants keys to be."""
+        state = {str(context): dict(by_model) for context, by_model in self.state_bytes.items()}
+        return {**self.__dict__, "state_bytes": state}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Bill:
+        """The inverse of `to_json`."""
+        state = {int(context): dict(by_model) for context, by_model in values["state_bytes"].items()}
+        return cls(**{**values, "state_bytes": state})
+
+
+def make_bill(
+    recipe: Recipe,
+    adapter: FamilyAdapter,
+    geometry: AttentionGeometry,
+    layers: Sequence[MixerConfig],
+    *,
+    dtype: str,
+    contexts: Sequence[int],
+) -> Bill:
+    """The bill of converting a model of these sizes into `layers`, and of the recipe's stages."""
+    shapes = adapter.tensor_shapes(geometry)
+    teacher = sum(math.prod(shape) for shape in shapes.values())
+    new = _new_parameters(layers, geometry)
+    trained = new + _trained_teacher_parameters(recipe, shapes, layers)
+    element_bytes = ELEMENT_BYTES[dtype]
+    checkpoint_bytes = (teacher + new) * element_bytes
+    run_bytes = export_bytes = 0
+    if recipe.distill is not None:
+        # One more than is kept: the newest is whole before the oldest goes.
+        run_bytes = trained * _TRAINED_BYTES * (recipe.distill.keep_checkpoints + 1) + trained * 4
+        export_bytes = (teacher + new) * ELEMENT_BYTES[recipe.export.dtype]
+    return Bill(
+        teacher_parameters=teacher,
+        new_parameters=new,
+        trained_parameters=trained,
+        checkpoint_bytes=checkpoint_bytes,
+        disk_bytes=checkpoint_bytes + run_bytes + export_bytes,
+        # The model once, and once more in the buffers of reading and writing it.
+        convert_memory_bytes=2 * checkpoint_bytes + _PROGRAM_BYTES,
+        train_tokens=_train_tokens(recipe),
+        state_bytes={context: _state_bytes(layers, geometry, context) for context in contexts},
+    )
+
+
+def _new_parameters(layers: Sequence[MixerConfig], geometry: AttentionGeometry) -> int:
+    shared: dict[MixerConfig, int] = {}
+    total = 0
+    for config in layers:
+        count = config.new_parameters(geometry)
+        if getattr(config, "scorer_sharing", None) == "model":
+            shared[config] = count
+        else:
+            total += count
+    return total + sum(shared.values())
+
+
+def _trained_teacher_parameters(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], layers: Sequence[MixerConfig]
+) -> int:
+    """Projections that a mixer trains in full, and LoRA matrices on the others."""
+    if recipe.distill is None:
+        return 0
+    lora = recipe.distill.lora
+    total = 0
+    for name, shape in shapes.items():
+        if not name.startswith("model.layers.") or len(shape) != 2:
+            continue
+        parts = name.split(".")
+        in_full = parts[3] == "self_attn" and not layers[int(parts[2])].keeps_projections
+        if in_full:
+            total += math.prod(shape)
+        elif lora is not None and parts[-2] in lora.targets:
+            total += lora.rank * sum(shape)
+    return total
+
+
+def _train_tokens(recipe: Recipe) -> int:
+    if recipe.distill is None or recipe.data is None:
+        return 0
+    return sum(
+        stage.steps * stage.batch_sequences * stage.accumulate * (stage.sequence_tokens or recipe.data.sequence_tokens)
+        for stage in recipe.distill.stages
+    )
+
+
+def _state_bytes(layers: Sequence[MixerConfig], geometry: AttentionGeometry, context: int) -> dict[str, int]:
+    """Of one sequence after `context` tokens; layers with a window of the teacher's own hold no more than that."""
+    full = FullAttentionConfig()
+    teacher = student = 0
+    for window, config in zip(geometry.windows, layers, strict=True):
+        own = full.state_bytes(geometry, min(context, window or context), STATE_ELEMENT_BYTES)
+        teacher += own
+        student += own if config == full else config.state_bytes(geometry, context, STATE_ELEMENT_BYTES)
+    return {"student": student, "teacher": teacher}
