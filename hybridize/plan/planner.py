@@ -1,12 +1,10 @@
-"""The plan: which layer gets which mixer, and what that costs. Reads config.json and tensor headers, never a weight."""
+"""Makes the plan: which layer gets which mixer. Reads config.json and tensor headers, never a weight."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from hybridize.checkpoint import (
     CheckpointSource,
@@ -21,8 +19,9 @@ from hybridize.errors import FamilyError, RecipeError
 from hybridize.families import AttentionGeometry, FamilyAdapter, family_of_config
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
-from hybridize.mixers.registry import MIXERS, config_class, config_from_dict
-from hybridize.plan_bill import Bill, make_bill
+from hybridize.mixers.registry import MIXERS, config_class
+from hybridize.plan.bill import make_bill
+from hybridize.plan.conversion_plan import ConversionPlan, Dtype
 from hybridize.recipe.build import raise_problems
 from hybridize.recipe.layers import choose_mixers
 from hybridize.recipe.reader import build_config
@@ -30,108 +29,8 @@ from hybridize.recipe.schema import Recipe
 
 CONTEXTS = (4096, 8192, 32768, 131072)
 """Context lengths, in tokens, at which the bill states the decoding memory."""
-VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class ConversionPlan:
-    """What `convert` will do.
-
-    Attributes:
-        model: the teacher as the recipe gives it.
-        revision: its Hub commit, or None.
-        fingerprint: SHA-256 over its configuration and tensor headers.
-        family: its model type.
-        teacher_config: its config.json.
-        geometry: its sizes.
-        layers: the mixer of every layer; `FullAttentionConfig` where the teacher's layer stays.
-        dtype: type of the converted weights.
-        seed: of the recipe.
-        bill: what it costs.
-        warnings: things that work but may surprise.
-    """
-
-    model: str
-    revision: str | None
-    fingerprint: str
-    family: str
-    teacher_config: Mapping[str, Any]
-    geometry: AttentionGeometry
-    layers: tuple[MixerConfig, ...]
-    dtype: Dtype
-    seed: int
-    bill: Bill
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def converted(self) -> tuple[int, ...]:
-        """Indices of the layers that get a mixer."""
-        return tuple(index for index, config in enumerate(self.layers) if config.name != FullAttentionConfig.name)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; the inverse of `from_json`."""
-        values = {name: getattr(self, name) for name in ("model", "revision", "fingerprint", "family", "dtype", "seed")}
-        return {
-            "format": "hybridize-plan",
-            "version": VERSION,
-            **values,
-            "teacher_config": dict(self.teacher_config),
-            "geometry": asdict(self.geometry),
-            "layers": [config.to_dict() for config in self.layers],
-            "bill": self.bill.to_json(),
-            "warnings": list(self.warnings),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ConversionPlan:
-        """Reads what `to_json` gives.
-
-        Raises:
-            RecipeError: it is not a plan, or one of another version.
-        """
-        hint = "Make it again with `hybridize plan`."
-        if values.get("format") != "hybridize-plan" or values.get("version") != VERSION:
-            raise RecipeError("is not a plan of this version of hybridize.", where="plan.json", hint=hint)
-        try:
-            geometry = dict(values["geometry"])
-            geometry["projection_bias"] = tuple(geometry["projection_bias"])
-            geometry["windows"] = tuple(geometry["windows"])
-            return cls(
-                **{name: values[name] for name in ("model", "revision", "fingerprint", "family", "dtype", "seed")},
-                teacher_config=dict(values["teacher_config"]),
-                geometry=AttentionGeometry(**geometry),
-                layers=tuple(config_from_dict(layer) for layer in values["layers"]),
-                bill=Bill.from_json(values["bill"]),
-                warnings=tuple(values["warnings"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"is damaged ({error!r}).", where="plan.json", hint=hint) from error
-
-    def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON."""
-        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ConversionPlan:
-        """Reads a plan file.
-
-        Raises:
-            RecipeError: it is missing or is not a plan.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"cannot be read ({error}).", where=str(path), hint="Make it with `hybridize plan`."
-            ) from error
-        if not isinstance(values, dict):
-            raise RecipeError("is not a plan.", where=str(path), hint="Make it with `hybridize plan`.")
-        return cls.from_json(values)
 
 
 def plan(recipe: Recipe, *, offline: bool = False, contexts: Sequence[int] = CONTEXTS) -> ConversionPlan:
@@ -194,7 +93,7 @@ def _mixer_configs(recipe: Recipe, geometry: AttentionGeometry) -> tuple[MixerCo
     for index, config in enumerate(layers):
         for reason in config.misfits(geometry, index):
             misfits.setdefault(f"{config.name}: {reason}", []).append(index)
-    problems += [f"{where('layers')}: layers {_ranges(at)}: {reason}" for reason, at in misfits.items()]
+    problems += [f"{where('layers')}: layers {ranges(at)}: {reason}" for reason, at in misfits.items()]
     raise_problems(problems, where=where("layers"))
     return layers
 
@@ -209,7 +108,7 @@ def _warnings(recipe: Recipe, layers: Sequence[MixerConfig], geometry: Attention
     for index, config in enumerate(layers):
         for warning in config.warnings(geometry, context) if context else ():
             found.setdefault(warning, []).append(index)
-    warnings = [f"layers {_ranges(at)}: {warning}" for warning, at in found.items()]
+    warnings = [f"layers {ranges(at)}: {warning}" for warning, at in found.items()]
     if geometry.max_positions and context > geometry.max_positions:
         warnings.append(
             f"training sequences of {context} tokens are longer than the {geometry.max_positions} of the teacher."
@@ -254,7 +153,7 @@ def _dtype(recipe: Recipe, source: CheckpointSource, config: Mapping[str, Any]) 
     return cast(Dtype, stated) if source.gguf_file is None and stated in _DTYPES else "float32"
 
 
-def _ranges(indices: Sequence[int]) -> str:
+def ranges(indices: Sequence[int]) -> str:
     """ "0-3, 7" for 0, 1, 2, 3, 7."""
     parts: list[list[int]] = []
     for index in indices:
