@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,17 +17,11 @@ class Task(Protocol):
 class Reporter(Protocol):
     """Receives progress."""
 
-    def task(self, description: str, total: float | None) -> _TaskContext:
+    def task(self, description: str, total: float | None) -> AbstractContextManager[Task]:
         """Opens a bar; use as a context manager."""
 
     def note(self, message: str) -> None:
         """A line the user should see once."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *error: object) -> bool | None: ...
 
 
 class _SilentTask:

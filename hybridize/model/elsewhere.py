@@ -1,8 +1,8 @@
 """Load an exported folder in a process that cannot import hybridize, and say what it generates.
 
 Run as a script by `export` (and by anyone who doubts): `python -I elsewhere.py DIR`, with a JSON object on
-standard input: `{"prompts": [[token ids], ...], "new_tokens": n}`. Prints one JSON object. This is the only place that runs the code of
-an exported folder, and that code has just been written by us.
+standard input: `{"prompts": [[token ids], ...], "new_tokens": n}`. Prints one JSON object. This is the
+only place that runs the code of an exported folder, and that code has just been written by us.
 """
 
 import importlib.abc

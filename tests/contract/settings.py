@@ -1,0 +1,44 @@
+"""The matrix: every registered mixer, on every family.
+
+A mixer enters by being registered; it may name settings here that suit the tiny models (else its defaults are used).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybridize.mixers.configs.base import MixerConfig
+from hybridize.mixers.registry import MIXERS, config_class
+from hybridize.model.swap import swap
+from tests.tiny import FAMILY_NAMES, tiny_teacher
+
+TINY: dict[str, dict[str, Any]] = {
+    "sliding_window": {"window_tokens": 9, "sink_tokens": 2},
+    "token_eviction": {"window_tokens": 9, "sink_tokens": 2, "budget_tokens": 5},
+    "gated_delta_net": {"short_convolution": 3},
+    "native_sparse_attention": {"block_tokens": 4, "selected_blocks": 4, "window_tokens": 6},
+}
+
+MIXER_NAMES = tuple(MIXERS)
+CASES = [(mixer, family) for mixer in MIXER_NAMES for family in FAMILY_NAMES]
+LAYERS = (1, 2)
+"""Layers of the tiny models that are swapped; 0 and 3 keep full attention."""
+
+
+def tiny_mixer(name: str) -> MixerConfig:
+    return config_class(name)(**TINY.get(name, {}))
+
+
+def tiny_hybrid(mixer: str, family: str, seed: int = 0, layers: tuple[int, ...] = LAYERS) -> Any:
+    """A tiny model with `mixer` in `layers`. New parameters are shaken, so that no gate is at a special value."""
+    model = tiny_teacher(family, seed)
+    full = tiny_mixer("full_attention")
+    hybrid = swap(model, [tiny_mixer(mixer) if i in layers else full for i in range(model.config.num_hidden_layers)])
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for module in hybrid.mixers.values():
+            for parameter in module.new.parameters() if module.new is not None else ():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return hybrid.eval()
