@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny import tiny_teacher
 from torch import Tensor
 
 from hybridize.families import family_of_config
@@ -13,6 +12,7 @@ from hybridize.families.base import AttentionView
 from hybridize.mixers.base import Mixer
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.registry import mixer_class
+from tests.tiny import tiny_teacher
 
 LAYER = 1
 

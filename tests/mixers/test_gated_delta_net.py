@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from one_layer import LAYER, OneLayer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from hybridize.errors import RecipeError
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
+from tests.mixers.one_layer import LAYER, OneLayer
 
 EVERYTHING = GatedDeltaNetConfig(
     rope=True, short_convolution=4, output_gate=True, output_norm=True, negative_eigenvalues=True
