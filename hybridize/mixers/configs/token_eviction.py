@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from hybridize.families.base import AttentionGeometry
@@ -21,18 +22,18 @@ class TokenEvictionConfig(MixerConfig):
         window_tokens: W, tokens that a query sees, itself included, whatever their score.
         sink_tokens: first tokens of the text; they are retained by definition.
         budget_tokens: most tokens that stay after they have left the window, sinks included, per key head.
-        scorer_sharing: "head": one scorer a key head; "layer": one for all heads of a layer; "model": one for all layers.
+        scorer_sharing: a scorer for each key "head", one for a "layer", or one for the whole "model".
         score: "sigmoid" (sigmoid(x) - 0.5) or "relu" of the scorer's output x; a token is kept where it is positive.
-        scorer_kernel, scorer_dilation, scorer_layers: of the convolutions; together they let the score of a token depend
-            on `margin_tokens` neighbours on either side.
+        scorer_kernel, scorer_dilation, scorer_layers: of the convolutions; the score of a token depends on
+            `margin_tokens` neighbours on either side.
         scorer_dropout: before each convolution, in training.
         scorer_bias_init: first value of the last bias; above zero everything is kept at the start.
         detach_scorer_input: the scorer's gradient does not reach keys and values.
-        score_gradient: how a hard decision is trained: "straight_through" gives a score the gradient of a gate on its value.
+        score_gradient: "straight_through": a score gets the gradient of a gate on its token's value.
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
         l1_sharing: one L1 weight (lambda) per key head, or per layer.
-        l1_target_low, l1_target_high: lambda grows while more than high x budget tokens of a training sequence are kept,
+        l1_target_low, l1_target_high: lambda grows while high x budget tokens of a training sequence or more are kept,
             shrinks while at most low x budget are, and holds between.
         l1_increase, l1_decrease: factor and divisor of a change of lambda.
         l1_init, l1_min, l1_max: its first value and its range; below l1_min it is zero.
@@ -77,7 +78,7 @@ class TokenEvictionConfig(MixerConfig):
         self.require(
             self.window_tokens > self.margin_tokens,
             "window_tokens",
-            f"must exceed {self.margin_tokens}, the tokens to the right that a score waits for, is {self.window_tokens}.",
+            f"must exceed {self.margin_tokens}, the later tokens that a score waits for, is {self.window_tokens}.",
         )
         least = max(1, self.sink_tokens)
         self.require(
@@ -120,7 +121,7 @@ class TokenEvictionConfig(MixerConfig):
     def scorer_parameters(self, head_size: int) -> int:
         """Parameters of one scorer: 7.875 D² + 2 D + 1 with three layers of kernel 3."""
         widths = self.scorer_widths(head_size)
-        convolutions = sum((a * self.scorer_kernel + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+        convolutions = sum((a * self.scorer_kernel + 1) * b for a, b in pairwise(widths))
         return convolutions + widths[-1] + 1
 
     def misfits(self, geometry: AttentionGeometry, layer_index: int) -> list[str]:
