@@ -11,6 +11,7 @@ the gate starts at 1, and the half-lives of the heads start spread out.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -154,20 +155,22 @@ class GatedDeltaNet(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, real: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Causal convolution over the real tokens of each row; padding between them is stepped over."""
-        new, tail_tokens = self.new, self.config.short_convolution - 1
+        new, tail_tokens, num_tokens = self.new, self.config.short_convolution - 1, q.shape[1]
         heads = [x.shape[2] for x in (q, k, v)]
         x = torch.cat((q, k, v), dim=2).flatten(2)  # [B, T, channels]
-        taps = torch.cat((new.q_taps, new.k_taps, new.v_taps)).unsqueeze(1)  # [channels, 1, taps]
+        taps = torch.cat((new.q_taps, new.k_taps, new.v_taps))  # [channels, taps]
         tail = x.new_zeros(x.shape[0], tail_tokens, x.shape[2]) if state is None else state["tail"].to(x.dtype)
-        x = torch.cat((tail, x * real[..., None]), dim=1)
         # Padding is moved to the front, before the tail, so that every real token follows the real one before it.
         known = torch.cat((real.new_ones(real.shape[0], tail_tokens), real), dim=1)
         order = known.long().argsort(dim=1, stable=True)  # [B, tail + T]
-        x = x.gather(1, order[..., None].expand_as(x))
+        row = torch.arange(x.shape[0], device=x.device)[:, None]
+        x = torch.cat((tail, x * real[..., None]), dim=1)[row, order]
         if state is not None:
-            state["tail"] = x[:, x.shape[1] - tail_tokens :].contiguous()
-        convolved = F.conv1d(F.pad(x, (0, 0, tail_tokens, 0)).transpose(1, 2), taps, groups=x.shape[2]).transpose(1, 2)
-        convolved = torch.zeros_like(convolved).scatter(1, order[..., None].expand_as(convolved), convolved)
-        out = convolved[:, tail_tokens:].unflatten(2, (-1, self.geometry.head_size))
+            state["tail"] = x[:, num_tokens:].contiguous()
+        x = F.pad(x, (0, 0, tail_tokens, 0))
+        # A sum of shifted products: on a CPU twice as fast as a convolution with a group a channel.
+        shifts = (x[:, tap : tap + tail_tokens + num_tokens] * taps[:, tap] for tap in range(taps.shape[1]))
+        out = functools.reduce(torch.add, shifts)
+        out = out[row, order.argsort(dim=1)[:, tail_tokens:]].unflatten(2, (-1, self.geometry.head_size))
         first, second, third = out.split(heads, dim=2)
         return first, second, third
