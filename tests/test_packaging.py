@@ -98,9 +98,9 @@ def test_constraints_fit_the_stated_requirements() -> None:
     ],
 )
 def test_make_takes_these_steps_on_a_fresh_machine(target: str, steps: list[str]) -> None:
-    result = subprocess.run(
-        ["make", "--dry-run", "VENV=absent", target], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "JOBS", "PYTHON")}
+    command = ["make", "--dry-run", "VENV=absent", target]  # in an environment that an outer make did not set
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     places = [result.stdout.index(step) for step in steps]
     assert places == sorted(places)
