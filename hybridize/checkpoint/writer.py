@@ -59,6 +59,7 @@ class AtomicFolder:
         self.notes: list[str] = []
         self.partial = self.out.with_name(f"{self.out.name}.partial-{os.getpid()}")
         self._lock = FolderLock(self.out)
+        self._spare: list[int] = []
 
     def __enter__(self) -> Path:
         # Refuse before the lock file is made: nothing is written where nothing will be.
@@ -69,7 +70,10 @@ class AtomicFolder:
                 clean_up(self.out)
                 self._refuse_existing()
                 self.partial.mkdir()
+                # Kept for cleaning up when the block has used up all file handles.
+                self._spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
         except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
             self._lock.__exit__(None, None, None)
             raise
         return self.partial
@@ -95,6 +99,8 @@ class AtomicFolder:
                     return
                 self._finish()
         finally:
+            while self._spare:
+                os.close(self._spare.pop())
             shutil.rmtree(self.partial, ignore_errors=True)
             self._lock.__exit__(None, None, None)
 
@@ -126,6 +132,7 @@ class AtomicFolder:
             self.partial, self.out, dirs_exist_ok=True, ignore=lambda folder, _: _manifest_of(folder, self.partial)
         )
         _sync_tree(self.out)
+        _fault_point("before-copied-manifest")
         shutil.copy2(self.partial / MANIFEST_FILE, self.out / MANIFEST_FILE)
         _sync_tree(self.out)
 
