@@ -46,7 +46,7 @@ def native_sparse_attention(
     k, v, compressed_k, compressed_v = (x.transpose(1, 2) for x in (k, v, compressed_k, compressed_v))  # [B, H, S, D]
     key_position = key_positions[:, None, None, :]  # [B, 1, 1, S]
     outputs = []
-    for start in range(0, time, QUERY_CHUNK):
+    for start in range(0, max(time, 1), QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)
         position = query_positions[:, None, rows, None]  # [B, 1, t, 1]
         query, gate = q[:, :, :, rows], gates[:, :, :, rows].to(q.dtype)
@@ -64,8 +64,6 @@ def native_sparse_attention(
         selected = _attend(query, k, v, selected_mask, scale)
         near = _attend(query, k, v, causal & (position - key_position < window), scale)
         outputs.append(gate[..., 0:1] * compressed + gate[..., 1:2] * selected + gate[..., 2:3] * near)
-    if not outputs:
-        return q.new_zeros(batch, 0, query_heads, v.shape[-1])
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

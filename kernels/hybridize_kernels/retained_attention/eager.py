@@ -52,15 +52,13 @@ def retained_attention(
     q = q.reshape(batch, time, heads, group, head_size).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
     outputs = []
-    for start in range(0, time, QUERY_CHUNK):
+    for start in range(0, max(time, 1), QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, time)
         query = query_positions[:, None, start:stop, None]  # [B, 1, t, 1]
         mask = (positions >= 0)[:, :, None, :] & (positions[:, :, None, :] <= query)  # [B, 1 | H, t, S]
         # A key that is not kept has its own position for its eviction, which makes this the window as well.
         mask = mask & (evicted[:, :, None, :] > query - window)
         outputs.append(_attend(q[:, :, :, start:stop], k, v, mask, scale))
-    if not outputs:
-        return q.new_zeros(batch, 0, query_heads, v.shape[-1])
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
