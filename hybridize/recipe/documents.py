@@ -21,6 +21,8 @@ _FORMAT_BY_ENDING = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+_DEFAULT_PATTERNS = {"text": "**/*.txt", "jsonl": "**/*.jsonl", "parquet": "**/*.parquet"}
+"""Which files of a folder are read."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -100,7 +102,7 @@ def held_out_keys(data: Data, base: Path, *, offline: bool = False) -> frozenset
     Raises:
         RecipeError: the same split of a Hub data set is both trained on and held out.
     """
-    keys = set()
+    keys: set[str] = set()
     for source in data.held_out:
         if source_format(source, base) != "hub":
             keys.update(document.key for document in read_documents(source, base, offline=offline))
@@ -137,6 +139,14 @@ def pin_revisions(sources: Sequence[TextSource], base: Path, *, offline: bool = 
         replace(source, revision=_hub_commit(source)) if _floats(source, base) and not offline else source
         for source in sources
     )
+
+
+def local_files(source: TextSource, base: Path) -> list[tuple[str, Path]]:
+    """(id, path) of the files of a source, in order; none for a Hub data set."""
+    kind = source_format(source, base)
+    if kind == "hub":
+        return []
+    return [(_identity(path, base), path) for path in _files(source, base, _DEFAULT_PATTERNS[kind])]
 
 
 def source_format(source: TextSource, base: Path) -> str:
@@ -231,7 +241,7 @@ def _identity(path: Path, base: Path) -> str:
 
 
 def _read_text(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
-    for path in _files(source, base, "**/*.txt"):
+    for path in _files(source, base, _DEFAULT_PATTERNS["text"]):
         text = _decode(_read_bytes(path), str(path)).removeprefix("\ufeff")
         parts = text.split("\0")
         for number, part in enumerate(parts):
@@ -240,7 +250,7 @@ def _read_text(source: TextSource, base: Path, offline: bool) -> Iterator[Docume
 
 
 def _read_jsonl(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
-    for path in _files(source, base, "**/*.jsonl"):
+    for path in _files(source, base, _DEFAULT_PATTERNS["jsonl"]):
         with path.open("rb") as lines:
             empty = True
             for number, line in enumerate(lines):
@@ -262,7 +272,7 @@ def _read_parquet(source: TextSource, base: Path, offline: bool) -> Iterator[Doc
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    for path in _files(source, base, "**/*.parquet"):
+    for path in _files(source, base, _DEFAULT_PATTERNS["parquet"]):
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

@@ -1,0 +1,214 @@
+"""Training sequences: documents of weighted sources, shuffled, tokenised and packed; resumable bit for bit.
+
+Documents pass a seeded shuffle buffer, are tokenised, closed by the end-of-sequence token and laid end to end;
+sequences are cut from that stream. When a source is used up it begins again in a new order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridize.errors import RecipeError
+from hybridize.recipe.documents import Document, training_documents
+from hybridize.recipe.schema import Data
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one micro-batch.
+
+    Attributes:
+        tokens: [B, T] int64.
+        documents: ids of the documents in it, for messages.
+    """
+
+    tokens: Tensor
+    documents: tuple[str, ...]
+
+
+def document_encoder(tokenizer: Any) -> Encode:
+    """Text -> token ids of a whole document: the tokenizer's own opening token, if it sets one, and the closing one.
+
+    Raises:
+        RecipeError: the tokenizer has no end-of-sequence token to separate documents with.
+    """
+    closing = tokenizer.eos_token_id
+    if closing is None:
+        hint = "Add eos_token to tokenizer_config.json."
+        raise RecipeError("The tokenizer has no end-of-sequence token.", where="model", hint=hint)
+    first = tokenizer("a").input_ids[:1]
+    opening = first if first and first[0] == tokenizer.bos_token_id else []
+
+    def encode(text: str) -> list[int]:
+        return [*opening, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, closing]
+
+    return encode
+
+
+class DocumentStream:
+    """The documents of one source, again and again, in a new order each time.
+
+    Args:
+        read: begins the source anew.
+        seed: of this source's order.
+        buffer_size: documents to draw the next one from.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[Document]], seed: str, buffer_size: int) -> None:
+        self.read = read
+        self.seed = seed
+        self.buffer_size = max(buffer_size, 1)
+        self.begin(0)
+
+    def begin(self, epoch: int) -> None:
+        """Starts the source for the `epoch`-th time."""
+        self.epoch = epoch
+        self.drawn = 0
+        """Documents taken in this epoch."""
+        self._random = random.Random(f"{self.seed}:{epoch}")
+        self._documents = self.read()
+        self._buffer: list[Document] = []
+
+    def next(self) -> Document:
+        """The next document.
+
+        Raises:
+            RecipeError: the source has no training document.
+        """
+        document = self._draw()
+        if document is None:
+            if self.drawn == 0:
+                hint = "Lower held_out_share, or give more text."
+                raise RecipeError("Every document of a training source is held out.", where="data.train", hint=hint)
+            self.begin(self.epoch + 1)
+            document = self._draw()
+            assert document is not None  # the source had documents a moment ago
+        return document
+
+    def _draw(self) -> Document | None:
+        while len(self._buffer) < self.buffer_size:
+            document = next(self._documents, None)
+            if document is None:
+                break
+            self._buffer.append(document)
+        if not self._buffer:
+            return None
+        # The last one takes the free place, so that drawing is O(1).
+        index = self._random.randrange(len(self._buffer))
+        self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
+        self.drawn += 1
+        return self._buffer.pop()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Reads the epoch again up to the place; nothing is tokenised."""
+        self.begin(state["epoch"])
+        for _ in range(state["drawn"]):
+            self._draw()
+
+
+class PackedSequences:
+    """The stream of training sequences.
+
+    Sources are mixed by tokens: the next document comes from the source that is furthest behind its weight.
+
+    Args:
+        streams: one a source. weights: their shares.
+        encode: text -> token ids with the separator.
+        rank, num_processes: of `num_processes` consecutive sequences this process takes the `rank`-th.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[DocumentStream],
+        weights: Sequence[float],
+        encode: Encode,
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.streams = tuple(streams)
+        self.weights = tuple(weights)
+        self.encode = encode
+        self.rank, self.num_processes = rank, num_processes
+        self.tokens_of_source = [0] * len(self.streams)
+        self._tokens: list[int] = []  # packed and not yet handed out
+        self._documents: list[tuple[str, int]] = []  # (id, tokens of it in `_tokens`), in order
+
+    @classmethod
+    def from_recipe(
+        cls, data: Data, tokenizer: Any, *, base: Path, seed: int, offline: bool = False, rank: int = 0, num: int = 1
+    ) -> PackedSequences:
+        """The training sources of a recipe, without what is held out."""
+        streams = [
+            DocumentStream(
+                lambda source=source: training_documents(source, data, base, offline=offline),  # type: ignore[misc]
+                f"{seed}:{index}",
+                data.shuffle_documents,
+            )
+            for index, source in enumerate(data.train)
+        ]
+        weights = [source.weight for source in data.train]
+        return cls(streams, weights, document_encoder(tokenizer), rank=rank, num_processes=num)
+
+    def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
+        """The next sequences [num_sequences, sequence_tokens] of this process."""
+        rows: list[list[int]] = []
+        documents: dict[str, None] = {}
+        for _ in range(num_sequences):
+            for process in range(self.num_processes):
+                tokens, ids = self._take(sequence_tokens)
+                if process == self.rank:
+                    rows.append(tokens)
+                    documents |= dict.fromkeys(ids)
+        return Batch(torch.tensor(rows, dtype=torch.int64), tuple(documents))
+
+    def _take(self, count: int) -> tuple[list[int], list[str]]:
+        while len(self._tokens) < count:
+            self._append_document()
+        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
+        ids: list[str] = []
+        while count > 0:
+            identity, available = self._documents.pop(0)
+            ids.append(identity)
+            if available > count:
+                self._documents.insert(0, (identity, available - count))
+            count -= available
+        return tokens, ids
+
+    def _append_document(self) -> None:
+        behind = [tokens / weight for tokens, weight in zip(self.tokens_of_source, self.weights, strict=True)]
+        source = behind.index(min(behind))
+        document = self.streams[source].next()
+        tokens = self.encode(document.text)
+        self.tokens_of_source[source] += len(tokens)
+        self._tokens += tokens
+        self._documents.append((document.id, len(tokens)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, as JSON values."""
+        return {
+            "streams": [stream.state_dict() for stream in self.streams],
+            "tokens_of_source": list(self.tokens_of_source),
+            "tokens": list(self._tokens),
+            "documents": [list(entry) for entry in self._documents],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a place that `state_dict` gave."""
+        for stream, place in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(place)
+        self.tokens_of_source = list(state["tokens_of_source"])
+        self._tokens = list(state["tokens"])
+        self._documents = [(str(identity), int(count)) for identity, count in state["documents"]]

@@ -1,0 +1,159 @@
+"""distill: from a converted checkpoint and its teacher to a trained adapter, in a run folder that can be resumed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from hybridize.checkpoint import AtomicFolder, FolderLock, read_manifest
+from hybridize.distillation.data import PackedSequences
+from hybridize.distillation.lora import Student, save_adapter, share_frozen_weights, wrap
+from hybridize.distillation.metrics import MetricsFile
+from hybridize.distillation.run_state import RunState
+from hybridize.distillation.settings import begin_or_compare, run_settings
+from hybridize.distillation.signals import StopRequest, stop_requests
+from hybridize.distillation.teacher import Teacher
+from hybridize.distillation.trainer import Trainer
+from hybridize.errors import CheckpointError, RecipeError
+from hybridize.model.load import load_hybrid, load_teacher, load_tokenizer
+from hybridize.plan import ConversionPlan
+from hybridize.progress import SILENT, Reporter
+from hybridize.recipe.documents import pin_revisions
+from hybridize.recipe.schema import Data, Distill, Precision, Recipe
+
+ADAPTER_KIND = "adapter"
+
+
+def distill(
+    recipe: Recipe,
+    run: Path,
+    *,
+    plan: ConversionPlan,
+    base: Path | None = None,
+    offline: bool = False,
+    reporter: Reporter = SILENT,
+) -> Path:
+    """Trains the hybrid in `run/converted` against its teacher.
+
+    The same call goes on from the last complete checkpoint, with the same result bit for bit on the same machine, and
+    does nothing when the adapter is there.
+
+    Args:
+        recipe: with `data` and `distill`.
+        run: the run folder; `run/distill` is written.
+        plan: what `run/converted` was made from.
+        base: folder that the recipe's text paths start from (that of the recipe file); None: the current one.
+        offline: never ask the network.
+
+    Returns:
+        `run/distill/adapter`: a PEFT adapter on top of `run/converted`.
+
+    Raises:
+        RecipeError: no data or stages, or the settings are not those that the run began with.
+        UsageError: another process trains in this run.
+        StoppedError: a signal came and the state is saved. InterruptedError_: before there was any.
+        NumbersError: a loss or gradient is not finite.
+    """
+    if recipe.data is None or recipe.distill is None:
+        missing = "data" if recipe.data is None else "distill"
+        raise RecipeError(f"The recipe has no `{missing}`.", where=missing, hint="Both are needed to distil.")
+    run = Path(run)
+    base = Path.cwd() if base is None else base.absolute()
+    folder = run / "distill"
+    with stop_requests() as stop, FolderLock(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        data = replace(recipe.data, train=pin_revisions(recipe.data.train, base, offline=offline))
+        identity = begin_or_compare(folder, run_settings(recipe.distill, data, plan, base))
+        adapter = folder / ADAPTER_KIND
+        if not _is_finished(adapter, identity):
+            _train(recipe.distill, data, run, plan, base, offline, identity, reporter, stop)
+    return adapter
+
+
+def _train(
+    distill: Distill,
+    data: Data,
+    run: Path,
+    plan: ConversionPlan,
+    base: Path,
+    offline: bool,
+    identity: str,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> None:
+    folder = run / "distill"
+    accelerator = Accelerator(mixed_precision="no")
+    seed_everything(plan.seed)
+    mixed = use_bfloat16(distill.precision, accelerator.device)
+    student, teacher = load_pair(run / "converted", plan, distill, mixed, accelerator.device, offline)
+    sequences = PackedSequences.from_recipe(
+        data,
+        load_tokenizer(run / "converted"),
+        base=base,
+        seed=plan.seed,
+        offline=offline,
+        rank=accelerator.process_index,
+        num=accelerator.num_processes,
+    )
+    state = RunState(folder / "checkpoints", distill.keep_checkpoints)
+    snapshot, notes = state.load(accelerator.device)
+    for note in notes:
+        reporter.note(note)
+    metrics = MetricsFile(folder / "metrics.jsonl", 0 if snapshot is None else snapshot.progress.step)
+    try:
+        trainer = Trainer(
+            distill, data, student, teacher, sequences, state, metrics, accelerator, mixed, reporter, stop
+        )
+        trainer.train(snapshot)
+    finally:
+        metrics.close()
+    if accelerator.is_main_process:
+        provenance = {"settings": identity, "model": plan.model, "teacher": plan.fingerprint}
+        with AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance) as out:
+            save_adapter(student, out)
+    accelerator.wait_for_everyone()
+
+
+def load_pair(
+    converted: Path, plan: ConversionPlan, distill: Distill, mixed: bool, device: torch.device, offline: bool
+) -> tuple[Student, Teacher]:
+    """The student with its adapters and the teacher, on the device; frozen weights that are equal exist once."""
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    frozen_dtype = torch.bfloat16 if mixed else torch.float32
+    # What is trained starts from the checkpoint's own digits; only the frozen rest is rounded.
+    student = wrap(load_hybrid(converted, dtype=dtype).to(device), distill.lora, frozen_dtype=frozen_dtype)
+    spec = plan.model
+    if plan.revision is not None and "@" not in spec:
+        spec = f"{spec}@{plan.revision}"
+    teacher = Teacher(load_teacher(spec, dtype=dtype, offline=offline).to(device=device, dtype=frozen_dtype))
+    share_frozen_weights(student, teacher.model)
+    return student, teacher
+
+
+def use_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether forward and backward run in bfloat16: as said, or where the device computes it natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _is_finished(adapter: Path, identity: str) -> bool:
+    try:
+        manifest = read_manifest(adapter)
+    except CheckpointError:
+        return False
+    return manifest.kind == ADAPTER_KIND and manifest.provenance.get("settings") == identity

@@ -1,0 +1,35 @@
+"""What changes over the steps of a stage, as pure functions of the step: learning rates and the eviction budget."""
+
+from __future__ import annotations
+
+import math
+
+from hybridize.recipe.schema import Ramp, Stage
+
+
+def learning_rate_factor(stage: Stage, step: int) -> float:
+    """Factor on the peak learning rate in step 0..steps-1: linear warm-up, then cosine down to `final_share`."""
+    if step < stage.warmup_steps:
+        return (step + 1) / (stage.warmup_steps + 1)
+    falling_steps = stage.steps - stage.warmup_steps
+    progress = (step - stage.warmup_steps) / max(falling_steps - 1, 1)
+    return stage.final_share + (1 - stage.final_share) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rates(stage: Stage, step: int) -> dict[str, float]:
+    """Learning rate of each parameter group ("mixers", "projections", "adapters") in a step."""
+    factor = learning_rate_factor(stage, step)
+    old_weights = stage.learning_rate if stage.projection_learning_rate is None else stage.projection_learning_rate
+    return {
+        "mixers": stage.learning_rate * factor,
+        "projections": old_weights * factor,
+        "adapters": old_weights * factor,
+    }
+
+
+def ramp_progress(ramp: Ramp | None, step: int, steps: int) -> float:
+    """Progress in 0..1 of the budget ramp in step 0..steps-1; 1, the final budget, without a ramp."""
+    if ramp is None:
+        return 1.0
+    share = step / max(steps - 1, 1)
+    return min(max((share - ramp.start) / (ramp.end - ramp.start), 0.0), 1.0)
