@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from hybridize.checkpoint import (
     CheckpointSource,
     check_folder,
     check_tensors,
+    load_state,
     read_config,
-    require_usable_weights,
     resolve_source,
 )
-from hybridize.errors import CheckpointError
+from hybridize.errors import CheckpointError, NumbersError
 from hybridize.families import family, family_of_config
 from hybridize.families.base import FamilyAdapter
 from hybridize.model.modeling import hybrid_classes
@@ -38,12 +39,13 @@ def is_hybrid(config: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silences transformers' own bars and notices: one progress style on the screen."""
-    verbosity = transformers_logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()  # the GGUF reader's bar is plain tqdm, hence stderr below
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
@@ -64,16 +66,28 @@ def load_teacher(spec: str | Path | CheckpointSource, *, dtype: torch.dtype, off
     source = as_source(spec, offline=offline)
     adapter, geometry = family_of_config(read_config(source))
     optional = ("lm_head.weight",) if geometry.tied_embeddings else ()
-    check_tensors(check_folder(source), adapter.tensor_shapes(geometry), optional=optional)
-    require_usable_weights(source)
+    check_tensors(check_folder(source), adapter.tensor_shapes(geometry), optional=optional, where=source.spec)
     _, _, causal_lm = adapter.base_classes()
     model = _from_pretrained(causal_lm, source, dtype)
-    if source.gguf_file is not None:
-        # The weights are dequantised now; what is left of the quantiser would forbid saving.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    require_finite(model, source.spec)
     return model
+
+
+def require_finite(model: Any, where: str) -> None:
+    """Refuses weights with NaN or Inf.
+
+    Raises:
+        NumbersError: names the tensors.
+    """
+    # The extremes tell: NaN spreads through them, and they need no second copy of the tensor.
+    extremes = {name: torch.stack(torch.aminmax(tensor.detach())) for name, tensor in model.named_parameters()}
+    bad = [name for name, pair in extremes.items() if not torch.isfinite(pair).all()]
+    if bad:
+        raise NumbersError(
+            f"{len(bad)} tensors hold NaN or Inf: {', '.join(bad[:8])}.",
+            where=where,
+            hint="The checkpoint is damaged; download it again.",
+        )
 
 
 def load_hybrid(folder: str | Path, *, dtype: torch.dtype, complete: bool = True) -> Any:
@@ -93,16 +107,21 @@ def load_hybrid(folder: str | Path, *, dtype: torch.dtype, complete: bool = True
         raise CheckpointError("this is not a hybrid.", where=str(folder), hint="Convert it first: hybridize convert.")
     adapter = family(str(config["model_type"]))
     headers = check_folder(source, complete=complete)
-    check_tensors(headers, hybrid_tensor_shapes(adapter, config), optional=("lm_head.weight",))
+    weights, counters = hybrid_tensor_shapes(adapter, config)
+    check_tensors(headers, weights, optional=("lm_head.weight",), extra_allowed=tuple(counters), where=str(source.path))
     return _from_pretrained(hybrid_classes(adapter).causal_lm, source, dtype)
 
 
-def hybrid_tensor_shapes(adapter: FamilyAdapter, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every tensor that the hybrid of this config.json holds."""
+def hybrid_tensor_shapes(
+    adapter: FamilyAdapter, config: dict[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Names and shapes of every tensor that the hybrid of this config.json holds: weights, and integer counters."""
     classes = hybrid_classes(adapter)
     with torch.device("meta"):
         model = classes.causal_lm(classes.config(**config))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    weights = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+    return weights, {name: tuple(tensor.shape) for name, tensor in state.items() if name not in weights}
 
 
 def load_any(spec: str | Path, *, dtype: torch.dtype, offline: bool = False) -> Any:
@@ -133,13 +152,16 @@ def load_tokenizer(spec: str | Path | CheckpointSource, *, offline: bool = False
 
 
 def _from_pretrained(cls: Any, source: CheckpointSource, dtype: torch.dtype) -> Any:
-    arguments: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    if source.gguf_file is not None:
-        arguments["gguf_file"] = source.gguf_file
-    else:
-        arguments["use_safetensors"] = True
+    arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     with quiet_loading():
-        model, info = cls.from_pretrained(str(source.path), **arguments)
+        if source.gguf_file is not None:
+            # Read by us: transformers parses the file's metadata three times, which takes longer than all the rest.
+            config = cls.config_class(**read_config(source))
+            model, info = cls.from_pretrained(None, config=config, state_dict=load_state(source), **arguments)
+        else:
+            model, info = cls.from_pretrained(
+                str(source.path), local_files_only=True, use_safetensors=True, **arguments
+            )
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(set(info["missing_keys"]) - tied)
     wrong = missing or [str(key) for key in info.get("mismatched_keys") or ()]
