@@ -102,7 +102,7 @@ class TokenEviction(Mixer):
         if state is not None:
             return self._continue(q, k, v, scored, state, positions), {}
 
-        logit = self._logits(scored, positions)
+        logit = self._logits(scored, positions) if self.training else self._logits_in_any_padding(scored, positions)
         score = self._score(logit)
         # The last m tokens of a row lack right context; they are inside every window and need no score.
         complete = (positions >= 0) & (positions <= positions.amax(1, keepdim=True) - self.config.margin_tokens)
@@ -152,6 +152,11 @@ class TokenEviction(Mixer):
             scored = scored.detach()
         logit: Tensor = self.new.scorer(scored, positions >= 0)
         return logit.detach() if self.training and self._in_first_steps(self.config.freeze_steps) else logit
+
+    def _logits_in_any_padding(self, scored: Tensor, positions: Tensor) -> Tensor:
+        """The same where padding lies between real tokens, as in a batch of conversations padded turn by turn."""
+        order = _real_tokens_last(positions)
+        return take(self._logits(take(scored, order), take(positions, order)), order.argsort(dim=1))
 
     def _score(self, logit: Tensor) -> Tensor:
         return torch.sigmoid(logit) - 0.5 if self.config.score == "sigmoid" else torch.relu(logit)
@@ -255,7 +260,7 @@ class TokenEviction(Mixer):
         x = torch.cat((state["unscored"], scored), dim=1)
         x_positions = torch.cat((stored_positions, positions), dim=1)
         # Real tokens side by side at the right, whatever padding came with this call or an earlier one.
-        order = (x_positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
+        order = _real_tokens_last(x_positions)
         x, x_positions = take(x, order), take(x_positions, order)
         state["unscored"] = x[:, x.shape[1] - stored :].detach()
         return _on_grid(self._score(self._logits(x, x_positions))).detach()
@@ -280,6 +285,11 @@ class TokenEviction(Mixer):
             state[name] = F.pad(take(entries[name].detach(), kept), (0, 0, 0, 0, 0, missing))
         state["scores"] = F.pad(take(entries["scores"], kept), (0, 0, 0, missing))
         state["positions"] = F.pad(positions, (0, 0, 0, missing), value=-1)
+
+
+def _real_tokens_last(positions: Tensor) -> Tensor:
+    """positions [B, T] -> [B, T]: the columns with padding first, else in the order they were."""
+    return (positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def _on_grid(score: Tensor) -> Tensor:

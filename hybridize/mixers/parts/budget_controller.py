@@ -72,7 +72,7 @@ class BudgetController(nn.Module):
         self._observed, sequence_tokens, self._sequence_tokens = [], self._sequence_tokens, 0
 
         config = self.config
-        rate = 2 / (1 + config.l1_every_steps // 2)
+        rate = min(1.0, 2 / (1 + config.l1_every_steps // 2))
         previous = torch.where(self.steps == 0, float(sequence_tokens), self.num_kept)
         self.num_kept.copy_(previous + rate * (kept - previous))
         self.steps.add_(1)

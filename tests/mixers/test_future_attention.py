@@ -1,0 +1,108 @@
+"""The align stage's target: attention that a token receives after it has left the window."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
+from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
+from tests.mixers.one_layer import OneLayer
+
+WINDOW = 4
+
+
+def by_hand(q: Tensor, k: Tensor, positions: list[int], window: int, scale: float) -> list[list[float]]:
+    """One row: q [T, HQ, D], k [T, H, D] -> [T][H] of the largest log probability, -inf where there is none."""
+    heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    best = [[-math.inf] * heads for _ in positions]
+    for i, query in enumerate(positions):
+        seen = [j for j, key in enumerate(positions) if 0 <= key <= query]
+        for head in range(q.shape[1]):
+            if not seen:
+                continue
+            probability = (k[seen, head // group] @ q[i, head] * scale).softmax(-1)
+            for j, p in zip(seen, probability.tolist(), strict=True):
+                if query - positions[j] >= window:
+                    best[j][head // group] = max(best[j][head // group], math.log(p))
+    return best
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_is_the_largest_probability_from_outside_the_window(chunk: int) -> None:
+    q, k = torch.randn(2, 15, 4, 8), torch.randn(2, 15, 2, 8)
+    positions = torch.stack([torch.arange(15), (torch.arange(15) - 5).clamp(min=-1)])
+    future = future_attention(q, k, window=WINDOW, positions=positions, scale=0.3, chunk=chunk)
+    for row in range(2):
+        expected = torch.tensor(by_hand(q[row], k[row], positions[row].tolist(), WINDOW, 0.3))
+        torch.testing.assert_close(future[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_best_logits_are_positive_for_as_many_as_the_budget_holds() -> None:
+    future = torch.randn(2, 30, 3)
+    future[:, 26:] = -torch.inf
+    positions = torch.arange(30).expand(2, -1)
+    logit = torch.zeros(2, 30, 3, requires_grad=True)
+    optimiser = torch.optim.SGD([logit], lr=10.0)
+    for _ in range(400):
+        optimiser.zero_grad()
+        loss = retention_target_loss(logit, future, positions, budget=10, sinks=4)
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 1e-6
+    kept = logit[:, 4:26] > 0
+    assert (kept.sum(1) == 6).all(), "the budget less the sinks"
+    best = future[:, 4:26].topk(6, dim=1).indices
+    assert kept.gather(1, best).all()
+    assert not logit[:, :4].any(), "sinks are not asked"
+    assert not logit[:, 26:].any(), "nor what no later query saw"
+
+
+def test_a_budget_that_holds_everything_asks_for_everything() -> None:
+    future = torch.randn(1, 12, 1)
+    logit = torch.zeros(1, 12, 1, requires_grad=True)
+    retention_target_loss(logit, future, torch.arange(12)[None], budget=50, sinks=0).backward()
+    assert (logit.grad < 0).all()
+
+
+def test_short_texts_have_no_target() -> None:
+    logit = torch.zeros(1, 3, 2, requires_grad=True)
+    future = future_attention(
+        torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8), window=WINDOW, positions=torch.arange(3)[None], scale=1.0
+    )
+    loss = retention_target_loss(logit, future, torch.arange(3)[None], budget=2, sinks=1)
+    loss.backward()
+    assert float(loss) == 0.0
+    assert not logit.grad.any()
+
+
+def test_align_adds_the_loss_and_it_teaches_what_to_keep() -> None:
+    config = TokenEvictionConfig(window_tokens=8, budget_tokens=12, sink_tokens=2, scorer_dropout=0.0)
+    layer = OneLayer(config)
+    mixer = layer.mixer.train()
+    x = layer.hidden_states(2, 64)
+    layer(x)
+    assert set(mixer.auxiliary) == {"eviction_budget"}
+    mixer.align_targets = True
+
+    def error_of_output() -> float:
+        with torch.no_grad():
+            mixer.eval()
+            error = float((layer(x) - layer.teacher(x)).square().mean())
+            mixer.train()
+        return error
+
+    before = error_of_output()
+    optimiser = torch.optim.AdamW(mixer.new.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        layer(x)
+        losses.append(float(mixer.auxiliary["retention_target"]))
+        optimiser.zero_grad()
+        mixer.auxiliary["retention_target"].backward()
+        optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert error_of_output() < 0.9 * before
