@@ -87,7 +87,7 @@ def make_bill(
         # The model once, and once more in the buffers of reading and writing it.
         convert_memory_bytes=2 * checkpoint_bytes + _PROGRAM_BYTES,
         train_tokens=_train_tokens(recipe),
-        state_bytes={context: _state_bytes(layers, geometry, context) for context in contexts},
+        state_bytes={context: state_bytes(layers, geometry, context) for context in contexts},
     )
 
 
@@ -132,7 +132,7 @@ def _train_tokens(recipe: Recipe) -> int:
     )
 
 
-def _state_bytes(layers: Sequence[MixerConfig], geometry: AttentionGeometry, context: int) -> dict[str, int]:
+def state_bytes(layers: Sequence[MixerConfig], geometry: AttentionGeometry, context: int) -> dict[str, int]:
     """Of one sequence after `context` tokens; layers with a window of the teacher's own hold no more than that."""
     full = FullAttentionConfig()
     teacher = student = 0

@@ -1,0 +1,5 @@
+"""`python -m hybridize`."""
+
+from hybridize.cli.main import main
+
+main()

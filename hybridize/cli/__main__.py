@@ -1,0 +1,5 @@
+"""`python -m hybridize.cli`."""
+
+from hybridize.cli.main import main
+
+main()

@@ -1,0 +1,139 @@
+"""The steps of a run folder. Each is skipped when its result is complete, so that the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hybridize.checkpoint import read_manifest
+from hybridize.errors import CheckpointError, UsageError
+from hybridize.plan import ConversionPlan
+from hybridize.progress import Reporter
+from hybridize.recipe.lock import FILE as LOCK_FILE
+from hybridize.recipe.lock import Lock, require_same
+from hybridize.recipe.schema import Recipe
+
+CONVERTED = "converted"
+EXPORT = "export"
+RESULTS = "results.json"
+REPORT = "report"
+_OURS = (CONVERTED, "distill", EXPORT, REPORT, RESULTS, "plan.json", "recipe.yaml", LOCK_FILE)
+
+
+def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool) -> Lock:
+    """Makes or opens a run folder; recipe.yaml, plan.json and the lock are in it afterwards.
+
+    Raises:
+        UsageError: the folder holds something else.
+        RecipeError: it was started from another recipe or teacher.
+    """
+    if run.is_symlink() or (run.exists() and not run.is_dir()):
+        raise UsageError("The output is not a folder.", where=str(run), hint="Choose another --out.")
+    occupied = run.is_dir() and any(run.iterdir())
+    if occupied and not (run / LOCK_FILE).is_file():
+        raise UsageError(
+            "The output folder is not empty and holds no run.", where=str(run), hint="Choose another --out."
+        )
+    if occupied and overwrite:
+        _clear(run)
+    lock = require_same(run, recipe, plan.fingerprint)
+    if recipe.origin is not None and recipe.origin.path.is_file():
+        _write(run / "recipe.yaml", recipe.origin.path.read_bytes())
+    text = json.dumps(plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+    _write(run / "plan.json", text.encode() + b"\n")
+    return lock
+
+
+def is_complete(folder: Path, kind: str) -> bool:
+    """Whether `folder` was written to its end as a `kind`."""
+    try:
+        return folder.is_dir() and read_manifest(folder).kind == kind
+    except CheckpointError:
+        return False
+
+
+def convert_step(plan: ConversionPlan, run: Path, *, offline: bool, reporter: Reporter) -> Path:
+    """RUN/converted."""
+    folder = run / CONVERTED
+    if is_complete(folder, "converted"):
+        reporter.note(f"{folder}: converted already")
+        return folder
+    from hybridize.model.convert import convert
+
+    # What stands there without a manifest was never whole.
+    return convert(plan, folder, overwrite=folder.exists(), offline=offline, reporter=reporter)
+
+
+def distill_step(recipe: Recipe, run: Path, *, plan: ConversionPlan, offline: bool, reporter: Reporter) -> Path:
+    """RUN/distill; goes on where it stopped by itself."""
+    from hybridize.distillation.run import distill
+
+    base = recipe.origin.base if recipe.origin else None
+    return distill(recipe, run, plan=plan, base=base, offline=offline, reporter=reporter)
+
+
+def export_step(recipe: Recipe, run: Path, *, reporter: Reporter) -> Path:
+    """RUN/export."""
+    folder = run / EXPORT
+    if is_complete(folder, "export"):
+        reporter.note(f"{folder}: exported already")
+        return folder
+    from hybridize.model.export import export
+
+    return export(run, folder, settings=recipe.export, overwrite=folder.exists(), reporter=reporter)
+
+
+def evaluate_step(
+    recipe: Recipe, run: Path, lock: Lock, *, model: Path, offline: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """RUN/results.json."""
+    path = run / RESULTS
+    if path.is_file():
+        reporter.note(f"{path}: evaluated already")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    from hybridize.evaluation.runner import evaluate
+
+    return evaluate(
+        model,
+        teacher=recipe.model,
+        recipe_evaluate=recipe.evaluate,
+        held_out=recipe.data or (),
+        base=recipe.origin.base if recipe.origin else Path(),
+        out=path,
+        reporter=reporter,
+        seed=recipe.seed,
+        offline=offline,
+        recipe_sha256=lock.recipe_sha256,
+        command="hybridize run",
+    )
+
+
+def report_step(run: Path) -> list[Path]:
+    """RUN/report, made anew: it costs nothing."""
+    from hybridize.report.render import render
+
+    metrics = run / "distill" / "metrics.jsonl"
+    written: list[Path] = render(run / RESULTS, run / REPORT, metrics if metrics.is_file() else None)
+    return written
+
+
+def _clear(run: Path) -> None:
+    for name in _OURS:
+        path = run / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """In one step, and only if it changes something."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_bytes(data)
+    os.replace(partial, path)

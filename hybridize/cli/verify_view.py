@@ -1,0 +1,46 @@
+"""Verifying a model: against the manifest if it is ours, against its config.json if it is a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybridize.checkpoint import (
+    check_folder,
+    check_tensors,
+    read_config,
+    require_usable_weights,
+    resolve_source,
+    verify_folder,
+)
+from hybridize.families import family_of_config
+
+
+def verify_model(spec: str, *, offline: bool, finite: bool) -> dict[str, Any]:
+    """What was checked; it only returns when everything was right.
+
+    Raises:
+        VerificationError: a folder of ours is not what its manifest says.
+        CheckpointError: files or tensors are damaged, missing or misshapen.
+        NumbersError: a teacher's weights are not finite.
+    """
+    source = resolve_source(spec, offline=offline)
+    values: dict[str, Any] = {"model": spec, "manifest": None, "files": 0, "warnings": []}
+    if source.gguf_file is None and (source.path / "manifest.json").is_file():
+        report = verify_folder(source.path, finite=finite)
+        warnings = list(report.warnings)
+        return {
+            **values,
+            "manifest": report.kind,
+            "files": report.num_files,
+            "tensors": report.num_tensors,
+            "finite": finite or None,
+            "warnings": warnings,
+        }
+    headers = check_folder(source)
+    adapter, geometry = family_of_config(read_config(source))
+    expected = adapter.tensor_shapes(geometry)
+    tied = {"lm_head.weight": expected["model.embed_tokens.weight"]} if geometry.tied_embeddings else {}
+    extra = (".rotary_emb.inv_freq",)
+    check_tensors(headers, {**expected, **tied}, optional=tuple(tied), extra_allowed=extra, where=spec)
+    warnings = list(require_usable_weights(source).warnings) if finite else []
+    return {**values, "tensors": len(headers), "finite": finite or None, "warnings": warnings}
