@@ -21,6 +21,7 @@ from hybridize.checkpoint.verify import (
     WeightScan,
     require_usable_weights,
     scan_finite,
+    scan_tensors,
     verify_folder,
 )
 from hybridize.checkpoint.writer import AtomicFolder
@@ -47,6 +48,7 @@ __all__ = [
     "resource_errors",
     "save_tensors",
     "scan_finite",
+    "scan_tensors",
     "sha256_bytes",
     "sha256_file",
     "source_fingerprint",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybridize.checkpoint.files import read_json_object
 from hybridize.checkpoint.folder import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, name_some
@@ -12,6 +14,9 @@ from hybridize.checkpoint.manifest import FORMAT, MAX_MANIFEST_BYTES, compare_wi
 from hybridize.checkpoint.reader import load_tensors, tensor_headers
 from hybridize.checkpoint.source import CheckpointSource
 from hybridize.errors import CheckpointError, NumbersError, VerificationError
+
+if TYPE_CHECKING:
+    import torch
 
 _AGAIN = "Copy or download the folder again, or repeat the command that wrote it."
 
@@ -59,28 +64,42 @@ class VerifyReport:
     warnings: tuple[str, ...]
 
 
-def scan_finite(source: CheckpointSource) -> WeightScan:
-    """Read every tensor once and report NaN, Inf and all-zero matrices. Nothing is raised for what it finds."""
+def scan_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightScan:
+    """Report NaN, Inf and all-zero matrices among named tensors. Nothing is raised for what is found."""
     num_tensors = num_matrices = 0
     not_finite: list[str] = []
     all_zero: list[str] = []
-    for name, tensor in load_tensors(source):
+    for name, tensor in tensors:
         num_tensors += 1
-        if tensor.is_floating_point() and tensor.element_size() == 1:
-            tensor = tensor.float()  # 8-bit floats have no isfinite
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        num_matrices += tensor.dim() >= 2
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.element_size() == 1:
+            tensor = tensor.float()  # 8-bit floats have no order
+        # The extremes tell both: NaN spreads through them, and they need no second copy of the tensor.
+        least, greatest = (float(extreme) for extreme in tensor.detach().aminmax())
+        if not (math.isfinite(least) and math.isfinite(greatest)):
             not_finite.append(name)
-        if tensor.dim() >= 2:
-            num_matrices += 1
-            if tensor.numel() and not bool(tensor.any()):
-                all_zero.append(name)
+        elif tensor.dim() >= 2 and least == greatest == 0:
+            all_zero.append(name)
     return WeightScan(num_tensors, num_matrices, tuple(not_finite), tuple(all_zero))
 
 
-def require_usable_weights(source: CheckpointSource) -> WeightScan:
-    """Read everything before work begins; raise for weights that no model can be made from.
+def scan_finite(source: CheckpointSource) -> WeightScan:
+    """`scan_tensors` of a checkpoint's files, one tensor in memory at a time."""
+    return scan_tensors(load_tensors(source))
 
-    A folder that carries a manifest of ours is compared with it, which finds a single flipped bit.
+
+def require_usable_weights(
+    source: CheckpointSource, tensors: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> WeightScan:
+    """Judge all weights before work begins; raise for those that no model can be made from.
+
+    A folder that carries a manifest of ours is compared with it first, which finds a single flipped bit.
+
+    Args:
+        source: the checkpoint.
+        tensors: its tensors if they are loaded already (``model.named_parameters()``); else they are read.
 
     Raises:
         NumbersError: NaN or Inf, by tensor name.
@@ -88,13 +107,12 @@ def require_usable_weights(source: CheckpointSource) -> WeightScan:
     """
     if source.gguf_file is None and _has_our_manifest(source.path):
         # Other files may lie beside the model: nobody reads them.
-        differences = compare_with_manifest(
-            source.path, read_manifest(source.path), allow_extra=folder_files(source.path)
-        )
+        manifest, beside = read_manifest(source.path), folder_files(source.path)
+        differences = compare_with_manifest(source.path, manifest, allow_extra=beside)
         if differences:
             what = f"The folder is not what its manifest says ({differences})."
             raise CheckpointError(what, where=str(source.path), hint=_AGAIN)
-    scan = scan_finite(source)
+    scan = scan_finite(source) if tensors is None else scan_tensors(tensors)
     if scan.not_finite:
         what = f"{len(scan.not_finite)} tensors hold NaN or Inf: {name_some(list(scan.not_finite))}."
         hint = "The checkpoint is damaged or diverged in training; download it again or use another revision."

@@ -121,6 +121,7 @@ class AtomicFolder:
                 f"without {MANIFEST_FILE}, which every command refuses."
             )
         sync_file(self.out.parent)
+        _fault_point("after-rename")
 
     def _copy_manifest_last(self) -> None:
         self.out.mkdir(exist_ok=True)

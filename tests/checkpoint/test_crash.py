@@ -69,6 +69,18 @@ def test_killed_overwrite_leaves_the_old_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_killed_after_the_rename_the_new_folder_is_there(
+    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    out = tmp_path / "out"
+    write(out, 1.0)
+    run_killed(processes, out, 2.0, "after-rename:kill")
+    assert_holds(out, 2.0)
+    write(out, 3.0)
+    assert_holds(out, 3.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, 1.0)

@@ -14,6 +14,7 @@ import pytest
 from hybridize.checkpoint import (
     check_folder,
     check_tensors,
+    load_state,
     read_config,
     require_usable_weights,
     resolve_source,
@@ -104,6 +105,19 @@ def test_bit_flip_is_found_by_the_manifest(tmp_path: Path) -> None:
 def test_zeroed_body_is_refused(tmp_path: Path) -> None:
     folder = single(tmp_path / "model", GOOD[:-64] + bytes(64))
     assert_refused(folder, lambda: require_usable_weights(resolve_source(folder)), NAMES[0], "zero")
+
+
+def test_weights_in_memory_are_judged_like_files(tmp_path: Path) -> None:
+    source = resolve_source(single(tmp_path / "model"))
+    state = load_state(source)
+    assert require_usable_weights(source, state.items()) == require_usable_weights(source)
+    state[NAMES[1]][0, 0] = float("nan")
+    with pytest.raises(NumbersError, match=NAMES[1]):
+        require_usable_weights(source, state.items())
+    for tensor in state.values():
+        tensor.zero_()
+    with pytest.raises(CheckpointError, match="4 of 4 matrices are zero"):
+        require_usable_weights(source, state.items())
 
 
 def test_one_zero_matrix_is_a_warning(tmp_path: Path) -> None:
