@@ -75,7 +75,7 @@ def test_short_texts_have_no_target() -> None:
     )
     loss = retention_target_loss(logit, future, torch.arange(3)[None], budget=2, sinks=1)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert not logit.grad.any()
 
 

@@ -33,7 +33,8 @@ def future_attention(
     # A token's position is at most its column, so queries of the first `window` columns are near to everything.
     for start in range(min(window, num_tokens), num_tokens, chunk):
         stop = min(start + chunk, num_tokens)
-        logits = torch.einsum("bthgd,bshd->bhgts", grouped[:, start:stop], keys)
+        with torch.autocast(q.device.type, enabled=False):
+            logits = torch.einsum("bthgd,bshd->bhgts", grouped[:, start:stop], keys)
         query_position = positions[:, None, None, start:stop, None]
         causal = (key_position >= 0) & (key_position <= query_position)
         logits = logits.masked_fill(~causal, -torch.inf)

@@ -67,7 +67,9 @@ class TokenScorer(nn.Module):
             taps = [x[:, tap * self.dilation : tap * self.dilation + num_tokens] for tap in range(self.kernel)]
             # Masked before SiLU (SiLU(0) = 0), a padded row equals one whose text starts at the edge.
             x = F.silu(torch.where(real, _project(torch.cat(taps, dim=-1), weight, bias), 0.0))
-        return _project(x, self.output_weight, self.output_bias).squeeze(-1).float()
+        # Under autocast this one stays in float32: rounded logits would tie, and ties are decided by age.
+        with torch.autocast(x.device.type, enabled=False):
+            return _project(x.float(), self.output_weight, self.output_bias).squeeze(-1)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
