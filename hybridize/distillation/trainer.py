@@ -176,7 +176,7 @@ class Trainer:
         model = self.student.model
         if self.distill.gradient_checkpointing and stage.kind != "align":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif model.is_gradient_checkpointing:
+        elif self.distill.gradient_checkpointing:
             model.gradient_checkpointing_disable()
 
     def _autocast(self) -> Any:

@@ -1,11 +1,13 @@
 """A tiny run from end to end: a teacher with a byte-like tokenizer on disk, converted, ready to distil.
 
-Run as a script it distils a prepared folder, so that tests can kill it: `python runs.py RUN [key=value ...]`.
+As a script it serves runs that tests can kill: it imports everything once, then forks a child for each line of its
+standard input and answers with the child's exit status.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import string
 import sys
 from dataclasses import replace
@@ -57,9 +59,10 @@ def tiny_recipe(folder: Path, **changes: Any) -> Recipe:
 
 def write_teacher(folder: Path, **changes: Any) -> None:
     """A tiny Llama and its tokenizer as a checkpoint in `folder/teacher`."""
-    from tests.tiny import tiny_teacher
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny import tiny_teacher
 
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<s>", "</s>", "<unk>", *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -106,17 +109,40 @@ def metric_steps(folder: Path, run: str = "run") -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def main() -> None:
-    """Distils and exits as the command line does."""
+def child(folder: Path, run: str, fault: str) -> int:
+    """Distils with a fault; the exit status that the command line would give."""
     from hybridize.errors import HybridizeError
 
-    folder, run = Path(sys.argv[1]), sys.argv[2]
+    if fault:
+        os.environ["HYBRIDIZE_FAULT"] = fault
     try:
         distil(folder, tiny_recipe(folder), run)
     except HybridizeError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
+
+
+def serve() -> None:
+    """`{"folder", "run", "fault"}` a line -> the exit status a line (negative: the signal that ended the child)."""
+    import hybridize.distillation.run
+    import hybridize.model.convert
+    import hybridize.plan  # noqa: F401 - paid for once, before the forks
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                status = child(Path(request["folder"]), request["run"], request["fault"])
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        sys.stdout.write(f"{status}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -1,0 +1,278 @@
+"""A run that is killed anywhere, stopped or broken, and then started again, ends as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybridize.checkpoint import FolderLock
+from hybridize.distillation.teacher import Teacher
+from hybridize.distillation.trainer import Trainer
+from hybridize.errors import InterruptedError_, NumbersError, RecipeError, StoppedError, UsageError
+from tests.distillation import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("seconds", "tokens_per_s")
+Serve = Callable[[Path, str], int]
+
+# The tiny run saves after each of its 7 steps and then writes the adapter: 8 folders, 6 rotations, 7 second
+# micro-batches. `align` uses each batch twice, so that the first save falls between two passes over one batch.
+FAULTS = (
+    "shard:kill:1",
+    "shard:kill:5",
+    "before-manifest:kill:2",
+    "before-rename:kill:4",
+    "before-rename:kill:8",
+    "step-start:kill:2",
+    "step-start:kill:4",
+    "mid-accumulation:kill:6",
+    "after-save-before-latest:kill:3",
+    "during-rotation:kill:2",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, texts and a converted checkpoint."""
+    folder = tmp_path_factory.mktemp("tiny")
+    runs.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(prepared: Path) -> Path:
+    """The same run, left alone."""
+    shutil.copytree(prepared / "run", prepared / "reference")
+    return runs.distil(prepared, runs.tiny_recipe(prepared), "reference").parent
+
+
+@pytest.fixture(scope="module")
+def serve(prepared: Path) -> Iterator[Serve]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    with (prepared / "serve.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__.replace("test_resume.py", "runs.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(folder: Path, fault: str) -> int:
+            request = {"folder": str(prepared), "run": folder.name, "fault": fault}
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+        process.wait(timeout=30)
+
+
+@pytest.fixture
+def run(prepared: Path, request: pytest.FixtureRequest) -> Path:
+    """A fresh run folder."""
+    name = "".join(character if character.isalnum() else "-" for character in request.node.name)
+    shutil.copytree(prepared / "run", prepared / name)
+    return prepared / name
+
+
+def again(run: Path, **changes: Any) -> Path:
+    """The same command in this process."""
+    return runs.distil(run.parent, runs.tiny_recipe(run.parent, **changes), run.name).parent
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def assert_same(found: Path, reference: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
+        assert (found / "adapter" / name).read_bytes() == (reference / "adapter" / name).read_bytes(), name
+    assert rows(found) == rows(reference)
+    assert [row["step"] for row in rows(found)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_killed_and_run_again(run: Path, reference: Path, serve: Serve, fault: str) -> None:
+    assert serve(run, fault) == -signal.SIGKILL
+    assert_same(again(run), reference)
+    left = sorted(path.name for path in (run / "distill").iterdir())
+    assert left == ["adapter", "checkpoints", "metrics.jsonl", "settings.json"]
+    checkpoints = sorted(path.name for path in (run / "distill" / "checkpoints").iterdir())
+    assert checkpoints == ["latest", "step-0000006", "step-0000007"]
+    assert (run / "distill" / "checkpoints" / "latest").read_text() == "step-0000007\n"
+
+
+def test_killed_many_times(run: Path, reference: Path, serve: Serve) -> None:
+    for fault in ("step-start:kill:2", "mid-accumulation:kill:1", "shard:kill:2", "after-save-before-latest:kill:1"):
+        assert serve(run, fault) == -signal.SIGKILL
+    assert serve(run, "") == 0
+    assert_same(run / "distill", reference)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(run: Path, reference: Path, serve: Serve) -> None:
+    assert serve(run, "shard:ENOSPC:3") == 5
+    assert_same(again(run), reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops(
+    run: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    step = Trainer._step
+
+    def step_with_signal(self: Trainer, *args: Any) -> dict[str, float]:
+        if self.progress.step == 4:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_with_signal)
+        with pytest.raises(StoppedError, match="after step 5") as caught:
+            again(run, save_every_steps=100)
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(number) is handler
+    assert rows(run / "distill")[-1]["step"] == 5
+    assert_same(again(run), reference)
+
+
+def test_signal_before_the_first_step(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_with_signal(self: Trainer, stage: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_set_gradient_checkpointing", train_with_signal)
+    with pytest.raises(InterruptedError_) as caught:
+        again(run)
+    assert caught.value.exit_code == 130
+    assert not (run / "distill" / "checkpoints").exists()
+
+
+def test_second_signal_ends_at_once() -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from hybridize.distillation.signals import stop_requests\n"
+        "with stop_requests() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop and stop.signal is signal.SIGTERM\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    sys.exit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == -signal.SIGTERM
+
+
+def test_finished_run_is_left_alone(reference: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
+    again(reference.parent)
+    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
+
+
+def test_lost_adapter_comes_back_from_the_last_checkpoint(run: Path, reference: Path) -> None:
+    found = again(run)
+    shutil.rmtree(found / "adapter")
+    assert_same(again(run), reference)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(run: Path, reference: Path, serve: Serve) -> None:
+    assert serve(run, "step-start:kill:6") == -signal.SIGKILL
+    weights = run / "distill" / "checkpoints" / "step-0000005" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert_same(again(run), reference)
+
+
+def test_save_and_log_settings_may_change(run: Path, reference: Path, serve: Serve) -> None:
+    assert serve(run, "step-start:kill:3") == -signal.SIGKILL
+    assert_same(again(run, save_every_steps=5, keep_checkpoints=2), reference.parent / "distill")
+
+
+def test_changed_recipe_is_refused(run: Path, serve: Serve) -> None:
+    assert serve(run, "step-start:kill:3") == -signal.SIGKILL
+    stages = (runs.STAGES[0], replace(runs.STAGES[1], learning_rate=0.5))
+    with pytest.raises(RecipeError) as caught:
+        again(run, stages=stages)
+    assert caught.value.problems == ("distill.stages.1.learning_rate: 0.01 → 0.5",)
+
+
+def test_changed_data_is_refused(run: Path, serve: Serve) -> None:
+    assert serve(run, "step-start:kill:3") == -signal.SIGKILL
+    text = run.parent / "text" / "3.txt"
+    before = text.read_text()
+    text.write_text(before.replace("3", "4"))
+    try:
+        with pytest.raises(RecipeError, match=r"data_files\.text/3\.txt"):
+            again(run)
+    finally:
+        text.write_text(before)
+
+
+def test_second_process_is_refused(run: Path) -> None:
+    with FolderLock(run / "distill"), pytest.raises(UsageError, match="process"):
+        again(run)
+
+
+def break_layer(self: Teacher, tokens: torch.Tensor, layers: Any) -> Any:
+    traces = trace(self, tokens, layers)
+    traces[2].output[0, 3, 4] = float("nan")
+    return traces
+
+
+def break_hidden(self: Teacher, tokens: torch.Tensor) -> torch.Tensor:
+    return last_hidden(self, tokens).index_fill(1, torch.tensor([3]), float("inf"))
+
+
+trace, last_hidden = Teacher.trace, Teacher.last_hidden
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "says"),
+    [
+        ("trace", break_layer, ("Layer 2 is not finite", "stage align, step 1", "text/")),
+        ("last_hidden", break_hidden, ("is not finite", "stage distill, step 1", "text/")),
+    ],
+)
+def test_loss_that_is_not_finite(
+    run: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, method: str, broken: Any, says: tuple[str, ...]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, method, broken)
+        with pytest.raises(NumbersError) as caught:
+            again(run)
+    assert caught.value.exit_code == 6
+    assert all(part in str(caught.value) for part in says)
+    assert_same(again(run), reference)
+
+
+def test_gradient_that_is_not_finite(run: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_stage = Trainer._train_stage
+
+    def with_bad_gradient(self: Trainer, index: int, stage: Any) -> None:
+        if index == 1:
+            named = self.student.groups["adapters"]
+            name = next(name for name in named if "layers.1." in name and "v_proj.lora_B" in name)
+            named[name].register_hook(lambda gradient: gradient * float("inf"))
+        train_stage(self, index, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_stage", with_bad_gradient)
+        with pytest.raises(NumbersError, match=r"gradient of .*layers\.1\.self_attn\.v_proj\.lora_B") as caught:
+            again(run)
+    assert caught.value.where == "stage distill, step 1"
+    assert_same(again(run), reference)
