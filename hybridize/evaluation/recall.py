@@ -38,9 +38,10 @@ def recall(
         models: "student" and, where there is one, "teacher".
 
     Returns:
-        Under "student" and "teacher" hits over everything; under "kinds" a dictionary kind -> length -> {"student",
-        "teacher", "prompt_tokens": [fewest, most], "depths": [{"depth", "student", "teacher"}]}. A cell is {"hits",
-        "samples", "share", "low", "high"}, the last two Wilson's 95 % interval.
+        Under "student" and "teacher" hits over everything; under "by_length" the same for each length; under "kinds" a
+        dictionary kind -> length -> {"student", "teacher", "prompt_tokens": [fewest, most], "depths": [{"depth",
+        "student", "teacher"}]}. A cell is {"hits", "samples", "share", "low", "high"}, the last two Wilson's 95 %
+        interval.
     """
     hits = {name: _ask(model, tokenizer, questions, batch_sequences, task) for name, model in models.items()}
 
@@ -58,7 +59,11 @@ def recall(
             "prompt_tokens": [min(lengths), max(lengths)],
             "depths": [{"depth": d, **cell([i for i in group if questions[i].depth == d])} for d in depths],
         }
-    return {**cell(range(len(questions))), "kinds": kinds}
+    by_length = {
+        str(tokens): cell([i for i, needle in enumerate(questions) if needle.tokens == tokens])
+        for tokens in sorted({needle.tokens for needle in questions})
+    }
+    return {**cell(range(len(questions))), "by_length": by_length, "kinds": kinds}
 
 
 def answer_tokens(tokenizer: Any, needle: Needle) -> int:
