@@ -5,8 +5,8 @@ For each query head, with unit q and k:
     S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + b_t k_t v_tᵀ,    o_t = S_tᵀ q_t
 
 Source: Yang et al., Gated Delta Networks, https://arxiv.org/abs/2412.06464, eq. 10. Unlike the paper, q and k pass the
-teacher's norms and RoPE, grouped keys and values are shared as in the teacher, the convolution is off unless asked for,
-the gate starts at 1, and the half-lives of the heads start spread out.
+teacher's norms, grouped keys and values are shared as in the teacher, the convolution starts as the identity and no
+activation follows it, the gate starts at 1, and the half-lives of the heads start spread out.
 """
 
 from __future__ import annotations

@@ -150,7 +150,8 @@ def test_every_new_parameter_is_set_from_whatever_was_in_memory() -> None:
 
 @torch.no_grad()
 def test_a_convolution_starts_as_the_identity() -> None:
-    with_taps, without = OneLayer(GatedDeltaNetConfig(short_convolution=4)), OneLayer(GatedDeltaNetConfig())
+    with_taps = OneLayer(GatedDeltaNetConfig(short_convolution=4))
+    without = OneLayer(GatedDeltaNetConfig(short_convolution=0))
     x = with_taps.hidden_states(2, 10)
     torch.testing.assert_close(with_taps(x), without(x), **TOLERANCE)
 

@@ -16,6 +16,10 @@ _LONGEST_CONVOLUTION = 16
 class GatedDeltaNetConfig(MixerConfig):
     """Keys of `gated_delta_net`.
 
+    The defaults gave the lowest held-out error of the layer output in a short alignment of SmolLM2-135M's layers 2, 10,
+    18 and 26 (60 steps of 1024 tokens; relative squared error, mean of the four): 0.36, against 0.41 without the
+    convolution, 0.38 with RoPE and 0.51 with RoPE but neither convolution nor gate.
+
     Attributes:
         rope: queries and keys are rotated as in the teacher before they are normalised.
         short_convolution: taps, in tokens, of a causal convolution over q, k and v each; 0 leaves it out. It starts as
@@ -29,8 +33,8 @@ class GatedDeltaNetConfig(MixerConfig):
     summary = "linear attention by the gated delta rule: a recurrent state of constant size"
     keeps_projections = False
 
-    rope: bool = True
-    short_convolution: int = 0
+    rope: bool = False
+    short_convolution: int = 4
     output_gate: bool = True
     output_norm: bool = False
     negative_eigenvalues: bool = False
