@@ -173,11 +173,8 @@ class Trainer:
             mixer.schedule(progress, sequence_tokens)
 
     def _set_gradient_checkpointing(self, stage: Stage) -> None:
-        model = self.student.model
-        if self.distill.gradient_checkpointing and stage.kind != "align":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif self.distill.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+        if self.distill.gradient_checkpointing:
+            set_gradient_checkpointing(self.student.model, stage.kind != "align")
 
     def _autocast(self) -> Any:
         device = self.accelerator.device.type
@@ -273,3 +270,13 @@ class Trainer:
             raise InterruptedError_(f"Stopped by {name} before the first step.", hint="Run the same command to begin.")
         self._save(optimizer)
         raise StoppedError(f"Stopped by {name} after step {self.progress.step}; the state is saved.")
+
+
+def set_gradient_checkpointing(model: Any, on: bool) -> None:
+    """Turns recomputation in the backward pass on or off, by whichever name this transformers has for it."""
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{word}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{word}_checkpointing_disable")()

@@ -1,0 +1,135 @@
+"""Packing, mixing, shuffling, and going on from any place."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridize.distillation.data import DocumentStream, PackedSequences, document_encoder
+from hybridize.errors import RecipeError
+from hybridize.recipe.documents import Document
+from hybridize.recipe.schema import Data, TextSource
+
+CLOSING = 0
+
+
+def documents(prefix: int, count: int, length: int = 5) -> list[Document]:
+    """Documents whose tokens are all `prefix + number`."""
+    return [Document(" ".join([str(prefix + n)] * length), "s", f"{prefix}/{n}") for n in range(count)]
+
+
+def encode(text: str) -> list[int]:
+    return [*(int(word) for word in text.split()), CLOSING]
+
+
+def packed(
+    *sources: list[Document], weights: tuple[float, ...] = (), buffer: int = 4, **kwargs: int
+) -> PackedSequences:
+    streams = [DocumentStream(lambda s=s: iter(s), f"7:{i}", buffer) for i, s in enumerate(sources)]
+    return PackedSequences(streams, weights or (1.0,) * len(sources), encode, **kwargs)
+
+
+def take(sequences: PackedSequences, count: int, length: int = 8) -> list[list[int]]:
+    return [sequences.next_batch(1, length).tokens[0].tolist() for _ in range(count)]
+
+
+def test_documents_are_laid_end_to_end_and_separated() -> None:
+    stream = [token for row in take(packed(documents(10, 6)), 9, 8) for token in row]
+    seen = []
+    for start in range(0, len(stream), 6):
+        chunk = stream[start : start + 6]
+        assert chunk[-1] == CLOSING
+        assert len(set(chunk[:-1])) == 1
+        seen.append(chunk[0])
+    assert sorted(seen[:6]) == list(range(10, 16))  # once each, then again in another order
+    assert sorted(seen[6:12]) == list(range(10, 16))
+    assert seen[:6] != seen[6:12]
+
+
+def test_batch_names_its_documents() -> None:
+    sequences = packed(documents(10, 6))
+    batch = sequences.next_batch(2, 8)
+    assert batch.tokens.shape == (2, 8)
+    values = [int(value) for value in dict.fromkeys(batch.tokens.flatten().tolist()) if value != CLOSING]
+    assert batch.documents == tuple(f"10/{value - 10}" for value in values)
+    first_of_next = sequences.next_batch(1, 1)
+    assert first_of_next.tokens.item() in (CLOSING, values[-1])
+
+
+def test_weights_are_shares_of_tokens() -> None:
+    long, short = documents(100, 10, length=40), documents(500, 10, length=35)
+    rows = take(packed(long, short, weights=(1.0, 3.0)), 200)
+    tokens = Counter(value >= 500 for row in rows for value in row if value)
+    share = tokens[True] / tokens.total()
+    assert 0.70 < share < 0.80
+
+
+def test_seed_decides_the_order() -> None:
+    source = documents(10, 20)
+    streams = [DocumentStream(lambda: iter(source), seed, 20) for seed in ("1:0", "1:0", "2:0")]
+    orders = [[stream.next().id for _ in range(20)] for stream in streams]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(document.id for document in source)
+
+
+@given(
+    before=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), max_size=6),
+    buffer=st.integers(1, 9),
+    weight=st.floats(0.1, 5.0),
+)
+def test_going_on_gives_what_would_have_come(before: list[tuple[int, int]], buffer: int, weight: float) -> None:
+    def make() -> PackedSequences:
+        return packed(documents(10, 5), documents(500, 3, 11), weights=(1.0, weight), buffer=buffer)
+
+    straight, resumed = make(), make()
+    for rows, length in before:
+        straight.next_batch(rows, length)
+    resumed.load_state_dict(json.loads(json.dumps(straight.state_dict())))
+    for length in (7, 13, 64):
+        one, other = straight.next_batch(2, length), resumed.next_batch(2, length)
+        assert torch.equal(one.tokens, other.tokens)
+        assert one.documents == other.documents
+    assert straight.state_dict() == resumed.state_dict()
+
+
+def test_processes_share_the_sequences_out() -> None:
+    alone = take(packed(documents(10, 6)), 6)
+    parts = [take(packed(documents(10, 6), rank=rank, num_processes=2), 3) for rank in range(2)]
+    assert [row for pair in zip(*parts, strict=True) for row in pair] == alone
+
+
+def test_no_training_document_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one text")
+    data = Data(train=(TextSource("a.txt"),), held_out=(TextSource("a.txt"),))
+    tokenizer = SimpleNamespace(eos_token_id=2, bos_token_id=None)
+    tokenizer_call = type("Tokenizer", (), {"__call__": lambda self, text, **_: SimpleNamespace(input_ids=[5])})()
+    vars(tokenizer_call).update(vars(tokenizer))
+    sequences = PackedSequences.from_recipe(data, tokenizer_call, base=tmp_path, seed=0)
+    with pytest.raises(RecipeError, match="held out"):
+        sequences.next_batch(1, 4)
+
+
+def test_encoder_opens_as_the_tokenizer_does_and_closes_always() -> None:
+    class Tokenizer:
+        bos_token_id, eos_token_id = 1, 2
+
+        def __init__(self, opens: bool) -> None:
+            self.opens = opens
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> SimpleNamespace:
+            opening = [1] if self.opens and add_special_tokens else []
+            return SimpleNamespace(input_ids=opening + [ord(character) for character in text])
+
+    assert document_encoder(Tokenizer(True))("ab") == [1, 97, 98, 2]
+    assert document_encoder(Tokenizer(False))("ab") == [97, 98, 2]
+    without_closing = Tokenizer(False)
+    without_closing.eos_token_id = None  # type: ignore[assignment]
+    with pytest.raises(RecipeError, match="end-of-sequence"):
+        document_encoder(without_closing)
