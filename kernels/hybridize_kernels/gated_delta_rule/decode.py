@@ -47,7 +47,7 @@ def gated_delta_rule(
             q if initial_state is None else initial_state.contiguous(),
             output,
             output if final_state is None else final_state,
-            key_size**-0.5 if scale is None else scale,
+            key_size**-0.5 if scale is None else float(scale),
             time,
             heads,
             value_heads,

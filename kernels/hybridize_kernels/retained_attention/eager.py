@@ -36,13 +36,11 @@ def retained_attention(
     heads = k.shape[2]
     scale = head_size**-0.5 if scale is None else scale
     # Where every key head has the same positions and no score, one mask serves them all.
-    positions = (key_positions if key_positions.ndim == 3 else key_positions[..., None]).transpose(
-        1, 2
-    )  # [B, 1 | H, S]
+    positions = key_positions if key_positions.ndim == 3 else key_positions[..., None]
+    positions = positions.transpose(1, 2)  # [B, 1 | H, S]
     score = torch.zeros_like(positions, dtype=q.dtype).transpose(1, 2) if retention_score is None else retention_score
-    evicted = eviction_position(
-        score, positions.transpose(1, 2).expand(score.shape), sinks=sinks, budget=budget, window=window
-    ).transpose(1, 2)
+    horizon = query_positions.amax(1)[:, None, None] - window if time else None
+    evicted = _evicted(score.transpose(1, 2), positions.expand(batch, score.shape[2], -1), sinks, budget, horizon)
     if retention_score is not None:
         opened = torch.where(retention_score.isfinite(), retention_score - retention_score.detach(), 0.0)
         v = v * (1 + opened)[..., None].to(v.dtype)
@@ -92,42 +90,62 @@ def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budge
     """
     if key_positions.ndim == 2:
         key_positions = key_positions[..., None].expand(score.shape)
-    score, position = score.detach().transpose(1, 2), key_positions.transpose(1, 2)  # [B, H, S]
+    return _evicted(score.transpose(1, 2), key_positions.transpose(1, 2), sinks, budget, None).transpose(1, 2)
+
+
+def _evicted(score: Tensor, position: Tensor, sinks: int, budget: int | None, horizon: Tensor | None) -> Tensor:
+    """Eviction positions `[B, H, S]`, right up to the horizon `[B, 1, 1]`, the last position that has left a window."""
+    score = score.detach()
     sink = (position >= 0) & (position < sinks)
     kept = sink | ((score > 0) & (position >= 0))
-    never = torch.where(kept, NEVER, position)
     keys = score.shape[-1]
-    if budget is None or keys <= budget or (score.device.type == "cpu" and int(kept.sum(-1).max()) <= budget):
-        return never.transpose(1, 2)
+    uncapped = torch.where(kept, NEVER, position)
+    if budget is None or keys <= budget:
+        return uncapped
+    if score.device.type == "cpu":
+        # A decoding cache holds little more than its budget: most steps need no ranking. (A GPU would have to wait.)
+        counted = kept if horizon is None else kept & (position <= horizon)
+        if int(counted.sum(-1).max()) <= budget:
+            return uncapped
     if budget == 0:
-        return position.transpose(1, 2)
+        return position
 
-    # In order of position, with each key's place in the ranking (kept keys first, by score, the earlier on a tie).
     position, by_position = position.sort(dim=-1, stable=True)
     kept, sink = kept.gather(-1, by_position), sink.gather(-1, by_position)
+    # The ranking: kept keys first, by score, the earlier on a tie.
     value = score.gather(-1, by_position).masked_fill(sink, float("inf")).masked_fill(~kept, float("-inf"))
     by_rank = value.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(by_rank).scatter_(-1, by_rank, torch.arange(keys, device=score.device).expand_as(by_rank))
-    # The better keys of each are counted by blocks of positions, then inside the one block where the count fills up.
+    filled = _position_of_better(by_rank, kept, position, budget)
+    evicted = torch.where(kept, torch.maximum(filled, position), position)
+    return torch.empty_like(evicted).scatter_(-1, by_position, evicted)
+
+
+def _position_of_better(by_rank: Tensor, kept: Tensor, position: Tensor, count: int) -> Tensor:
+    """For each key the position at which `count` kept keys of a better rank have been met, NEVER if there are fewer.
+
+    All `[B, H, S]`, the keys in order of position; by_rank holds the key at each rank.
+    """
+    keys = by_rank.shape[-1]
+    rank = torch.empty_like(by_rank)
+    rank.scatter_(-1, by_rank, torch.arange(keys, device=rank.device).expand_as(by_rank))
+    # Better keys are counted by blocks of positions, then inside the one block where the count fills up.
     block = max(1, int(keys**0.5))
     blocks = -(-keys // block)
-    member = torch.zeros(*rank.shape, blocks, dtype=torch.int32, device=score.device)  # [B, H, rank, block]
+    member = torch.zeros(*rank.shape, blocks, dtype=torch.int32, device=rank.device)  # [B, H, rank, block]
     member.scatter_(-1, (by_rank // block)[..., None], kept.gather(-1, by_rank)[..., None].int())
     better = member.cumsum(-2, dtype=torch.int32) - member  # kept keys of a block that rank before a rank
     better = better.cumsum(-1, dtype=torch.int32)  # ... up to the end of that block
     better = better.gather(-2, rank[..., None].expand(*rank.shape, blocks))  # [B, H, key, block]
-    full_block = (better < budget).sum(-1)  # the first block in which `budget` better keys have been met
+    full_block = (better < count).sum(-1)  # the first block by whose end `count` better keys have been met
     inside = full_block.clamp(max=blocks - 1)
-    missing = budget - F.pad(better, (1, 0)).gather(-1, inside[..., None])  # [B, H, key, 1]
-    index = inside[..., None] * block + torch.arange(block, device=score.device)  # [B, H, key, block]
+    missing = count - F.pad(better, (1, 0)).gather(-1, inside[..., None])  # [B, H, key, 1]
+    index = inside[..., None] * block + torch.arange(block, device=rank.device)  # [B, H, key, block]
     beyond = index >= keys
     index = index.clamp(max=keys - 1)
     beats = (_take(rank, index) < rank[..., None]) & _take(kept, index) & ~beyond
     step = (beats.int().cumsum(-1) < missing).sum(-1, keepdim=True).clamp(max=block - 1)
     filled = _take(position, index.gather(-1, step)).squeeze(-1)
-    evicted = torch.where(full_block < blocks, torch.maximum(filled, position), NEVER)
-    evicted = torch.where(kept, evicted, position)
-    return torch.empty_like(evicted).scatter_(-1, by_position, evicted).transpose(1, 2)
+    return torch.where(full_block < blocks, filled, NEVER)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
