@@ -13,11 +13,34 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.native_sparse_attention import NativeSparseAttentionConfig
 from hybridize_kernels import native_sparse_attention
 
 BRANCHES = ("compressed", "selected", "window")
+
+
+class BranchGates(nn.Module):
+    """sigmoid(W x + b) for each query head and branch; W starts at 0, b at the configured values."""
+
+    def __init__(self, config: NativeSparseAttentionConfig, geometry: AttentionGeometry) -> None:
+        super().__init__()
+        self.config = config
+        self.branch_gates = nn.Linear(geometry.hidden_size, geometry.num_query_heads * len(BRANCHES))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Sets the weight and the bias, whatever was in their memory."""
+        values = [getattr(self.config, f"{branch}_gate") for branch in BRANCHES]
+        logits = torch.tensor([math.log(value / (1.0 - value)) for value in values])
+        nn.init.zeros_(self.branch_gates.weight)
+        self.branch_gates.bias.copy_(logits.repeat(self.branch_gates.out_features // len(BRANCHES)))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, hidden_size] -> [B, T, HQ, 3] in the order of BRANCHES."""
+        logits: Tensor = self.branch_gates(hidden_states)
+        return torch.sigmoid(logits).unflatten(-1, (-1, len(BRANCHES)))
 
 
 class NativeSparseAttention(Mixer):
@@ -30,16 +53,10 @@ class NativeSparseAttention(Mixer):
     config_class = NativeSparseAttentionConfig
 
     def build_new(self) -> nn.Module:
-        gates = nn.Linear(self.geometry.hidden_size, self.geometry.num_query_heads * len(BRANCHES))
-        return nn.ModuleDict({"branch_gates": gates})
+        return BranchGates(self.config, self.geometry)
 
-    @torch.no_grad()
     def initialise_new(self) -> None:
-        gates = self.new["branch_gates"]
-        nn.init.zeros_(gates.weight)
-        values = [getattr(self.config, f"{branch}_gate") for branch in BRANCHES]
-        logits = torch.tensor([math.log(value / (1.0 - value)) for value in values])
-        gates.bias.copy_(logits.repeat(self.geometry.num_query_heads))
+        self.new.initialise()
 
     def mix(
         self,
@@ -52,7 +69,7 @@ class NativeSparseAttention(Mixer):
         positions: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         q, k = rope(q), rope(k)
-        gates = torch.sigmoid(self.new["branch_gates"](hidden_states)).unflatten(-1, (-1, len(BRANCHES)))
+        gates = self.new(hidden_states)
         key_positions, key_means, value_means = positions, None, None
         if state is not None:
             k, v, key_positions, key_means, value_means = self._append(state, k, v, positions)

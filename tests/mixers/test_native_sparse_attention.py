@@ -20,9 +20,9 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 def set_gates(layer: OneLayer, compressed: float, selected: float, window: float) -> None:
     """Opens or shuts the branches whatever the input: sigmoid(±100) is 1 or 0 in fp32, bit for bit."""
     with torch.no_grad():
-        layer.mixer.new["branch_gates"].weight.zero_()
+        layer.mixer.new.branch_gates.weight.zero_()
         wanted = torch.tensor([compressed, selected, window]).repeat(layer.geometry.num_query_heads)
-        layer.mixer.new["branch_gates"].bias.copy_(torch.where(wanted > 0.5, 100.0, -200.0))
+        layer.mixer.new.branch_gates.bias.copy_(torch.where(wanted > 0.5, 100.0, -200.0))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
@@ -66,7 +66,7 @@ def test_starts_at_the_teacher_while_nothing_is_out_of_sight() -> None:
 def test_the_gates_are_set_from_whatever_was_in_memory() -> None:
     config = dataclasses.replace(SMALL, compressed_gate=0.05, selected_gate=0.7, window_gate=0.3)
     layer = OneLayer(config)
-    gates = layer.mixer.new["branch_gates"]
+    gates = layer.mixer.new.branch_gates
     for parameter in gates.parameters():
         parameter.fill_(float("nan"))
     layer.mixer.initialise_new()

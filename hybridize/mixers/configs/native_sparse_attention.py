@@ -21,8 +21,8 @@ class NativeSparseAttentionConfig(MixerConfig):
     The three gates are given as the values they start from. While the whole context lies in the window and in the
     selected blocks, the selected and the window branch both equal the teacher's attention; gates of these two that
     sum to 1, with the compressed one near 0, therefore start at the teacher. Beyond that the selected branch sees more
-    of the text and carries the most: untrained SmolLM2-135M, all layers replaced (blocks of 32, 8 selected, window 128),
-    is 0.12 nats from its teacher at positions 512 to 1023 with 0.95 and 0.05, and 0.27 nats with 0.7 and 0.3.
+    of the text and carries the most: untrained SmolLM2-135M, all layers replaced (blocks of 32, 8 selected, window
+    128), is 0.12 nats from its teacher at positions 512 to 1023 with 0.95 and 0.05, and 0.27 nats with 0.7 and 0.3.
 
     Attributes:
         block_tokens: tokens of a block.
