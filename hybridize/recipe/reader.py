@@ -117,7 +117,7 @@ def _mixer_choice(builder: Builder, node: Node, key: str, mixer_configs: ConfigO
     config = builder.dataclass(cls, node, key, skip=("mixer",))
     if builder.is_bad(config):
         return config
-    return MixerChoice(name, {option: getattr(config, option) for option in given})
+    return MixerChoice(name, {option: getattr(config, option) for option in given if hasattr(config, option)})
 
 
 def _plain(value: Any) -> Any:
