@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -262,11 +263,8 @@ def test_plan_is_total_property(
     layers = {"pattern": " ".join(pattern), "allow_no_full_attention": opt_in}
     recipe = recipe_from_dict({"model": str(folder), "layers": layers})
     choice = recipe_from_dict({"model": "m", "layers": "G", "mixers": {"x": {"mixer": mixer, **options}}}).mixers
-    try:
+    with contextlib.suppress(RecipeError):
         made = plan(replace(recipe, mixers=choice))
-    except RecipeError as error:
-        assert str(error)
-    else:
         assert len(made.layers) == 4
         assert ConversionPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
 

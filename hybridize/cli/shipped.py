@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import hybridize
 from hybridize.errors import RecipeError, UsageError
 
 
 def shipped_folder() -> Path | None:
     """The folder of shipped recipes: inside the package when installed, beside it in the source tree."""
-    package = Path(hybridize.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
             return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridize.errors import EXIT_RECIPE, HybridizeError, RecipeError
+from hybridize.errors import EXIT_RECIPE, RecipeError
 from hybridize.mixers.registry import config_class
 from hybridize.recipe.reader import load_recipe, recipe_from_dict, recipe_to_dict
 from hybridize.recipe.schema import (
@@ -168,7 +169,7 @@ def test_folder_instead_of_file(tmp_path: Path) -> None:
 def test_not_utf8_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"model: a\nseed: \xff\n")
-    with pytest.raises(RecipeError, match="recipe.yaml:2: is not UTF-8"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:2: is not UTF-8"):
         load_recipe(path)
 
 
@@ -292,20 +293,16 @@ trees = st.recursive(
 
 @given(tree=trees)
 def test_any_data_gives_a_recipe_or_its_error_property(tree: Any) -> None:
-    try:
+    with contextlib.suppress(RecipeError):
         recipe_from_dict({"model": "a/b", "layers": "G", "extra": tree} if not isinstance(tree, dict) else tree)
-    except RecipeError as error:
-        assert str(error)
 
 
 @given(text=st.text(max_size=60) | st.lists(st.sampled_from(list(GOOD)), max_size=40).map("".join))
 def test_any_text_gives_a_recipe_or_its_error_fuzz(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
+    with contextlib.suppress(RecipeError):
         load_recipe(path, mixer_configs=config_class)
-    except HybridizeError as error:
-        assert isinstance(error, RecipeError)
 
 
 @given(
@@ -314,7 +311,5 @@ def test_any_text_gives_a_recipe_or_its_error_fuzz(text: str, tmp_path_factory: 
 def test_mutated_recipe_fuzz(cut: int, put: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "mutated.yaml"
     path.write_text(GOOD[:cut] + put + GOOD[cut:], encoding="utf-8")
-    try:
+    with contextlib.suppress(RecipeError):
         load_recipe(path, mixer_configs=config_class)
-    except HybridizeError as error:
-        assert isinstance(error, RecipeError)
