@@ -86,13 +86,14 @@ class GatedDeltaNetParameters(nn.Module):
         return torch.where(real[..., None], log_decay, 0.0), torch.where(real[..., None], beta, 0.0)
 
     def finish(self, out: Tensor, hidden_states: Tensor) -> Tensor:
-        """Norm, scale and gate of the outputs [B, T, HQ, D]."""
+        """Norm, scale and gate of the outputs [B, T, HQ, D], in their dtype even where the parameters are wider."""
+        dtype = out.dtype
         if self.config.output_norm:
-            out = F.rms_norm(out.float(), out.shape[-1:], eps=_NORM_EPSILON).to(out.dtype)
+            out = F.rms_norm(out.float(), out.shape[-1:], eps=_NORM_EPSILON)
         out = out * self.output_scale
-        if self.output_gate is None:
-            return out
-        return out * (2.0 * torch.sigmoid(self.output_gate(hidden_states))).view_as(out)
+        if self.output_gate is not None:
+            out = out * (2.0 * torch.sigmoid(self.output_gate(hidden_states))).view_as(out)
+        return out.to(dtype)
 
 
 class GatedDeltaNet(Mixer):
@@ -158,7 +159,7 @@ class GatedDeltaNet(Mixer):
         new, tail_tokens, num_tokens = self.new, self.config.short_convolution - 1, q.shape[1]
         heads = [x.shape[2] for x in (q, k, v)]
         x = torch.cat((q, k, v), dim=2).flatten(2)  # [B, T, channels]
-        taps = torch.cat((new.q_taps, new.k_taps, new.v_taps))  # [channels, taps]
+        taps = torch.cat((new.q_taps, new.k_taps, new.v_taps)).to(x.dtype)  # [channels, taps]
         tail = x.new_zeros(x.shape[0], tail_tokens, x.shape[2]) if state is None else state["tail"].to(x.dtype)
         # Padding is moved to the front, before the tail, so that every real token follows the real one before it.
         known = torch.cat((real.new_ones(real.shape[0], tail_tokens), real), dim=1)

@@ -39,8 +39,8 @@ class BranchGates(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, hidden_size] -> [B, T, HQ, 3] in the order of BRANCHES."""
-        logits: Tensor = self.branch_gates(hidden_states)
-        return torch.sigmoid(logits).unflatten(-1, (-1, len(BRANCHES)))
+        gates: Tensor = torch.sigmoid(self.branch_gates(hidden_states)).unflatten(-1, (-1, len(BRANCHES)))
+        return gates
 
 
 class NativeSparseAttention(Mixer):
