@@ -41,7 +41,8 @@ def _recall(results: Results) -> str:
         parts = [f"{percent(cells['student']['share'])} in {tokens(length)} tokens" for length, cells in by_length]
         return f"Of the needles it finds {', '.join(parts)}."
     parts = [
-        f"{percent(cells['student']['share'])} in {tokens(length)} tokens (teacher {percent(cells['teacher']['share'])})"
+        f"{percent(cells['student']['share'])} in {tokens(length)} tokens "
+        f"(teacher {percent(cells['teacher']['share'])})"
         for length, cells in by_length
     ]
     return f"Of the needles hidden in a long text it finds {', '.join(parts)}."

@@ -63,7 +63,7 @@ def report_markdown(
 
 
 def summary_rows(results: Results) -> list[Row]:
-    """The rows of the summary table as texts (label, student, teacher, student : teacher); `SUMMARY_HEADER` heads it."""
+    """The rows of the summary table as texts (label, student, teacher, student : teacher)."""
     return list(summary(check_results(results)).rows)
 
 

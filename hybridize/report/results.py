@@ -32,14 +32,14 @@ def read_results(path: Path) -> Results:
 
 
 def check_results(results: Any, *, where: str = "results") -> Results:
-    """`results` itself if it has the form that this code reads.
+    """The results, if they have the form that this code reads.
 
     Raises:
-        UsageError: it has not.
+        UsageError: they have not.
     """
     schema = results.get("schema") if isinstance(results, Mapping) else None
     if schema == SCHEMA and isinstance(results["probes"], Mapping):
-        return results
+        return dict(results)
     if isinstance(schema, str) and schema.startswith(SCHEMA.rsplit("/", 1)[0]):
         what, hint = f"the results have the form {schema}; this release reads {SCHEMA}.", "Evaluate again."
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
         return ""
     length = min(width, len(finite))
     edges = [round(i * len(finite) / length) for i in range(length + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     if high == low:
         return _BLOCKS[0] * length

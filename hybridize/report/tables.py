@@ -73,9 +73,6 @@ def summary(results: Results) -> Table:
     if state := probe(results, "state_bytes"):
         label = f"state bytes at {tokens(state['tokens'])} tokens"
         rows.append((label, size(state["student"]), size(state["teacher"]), f"× {state['ratio']:.3f}"))
-    for name, other in results["probes"].items():
-        if other["status"] != "ok":
-            rows.append((name.replace("_", " "), f"{other['status']}: {other['error']}", ABSENT, ABSENT))
     return Table("Student and teacher", SUMMARY_HEADER, rows, _summary_note(results))
 
 
@@ -95,6 +92,13 @@ def _summary_note(results: Results) -> str:
     notes = ["± is one standard error; brackets are 95 % intervals (Wilson)."]
     if results.get("teacher") is None:
         notes.append("No teacher was given, so nothing is compared.")
+    missing = [
+        f"{name.replace('_', ' ')} ({other['status']}: {other['error']})"
+        for name, other in results["probes"].items()
+        if other["status"] != "ok"
+    ]
+    if missing:
+        notes.append(f"Not measured: {', '.join(missing)}.")
     state = probe(results, "state_bytes")
     broken = [name for name, row in (state or {}).get("measured", {}).items() if not row["as_promised"]]
     if broken:

@@ -6,20 +6,21 @@ import random
 from typing import Any
 
 import pytest
-from tests.tiny import tiny_teacher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hybridize.recipe.documents import Document
+from tests.tiny import tiny_teacher
 
 VOCABULARY = 384
-_WORDS = "the a quiet river stone garden old king walked slowly under tall trees and looked for his lost silver ring".split()
+_WORDS = "the a quiet river stone garden old king walked slowly under tall trees and looked for his lost silver ring"
 
 
 def make_prose(num_sentences: int, seed: int) -> str:
     """Sentences of 5 to 14 words from a small vocabulary, with capitals and stops."""
     rng = random.Random(seed)
-    sentences = [" ".join(rng.choices(_WORDS, k=rng.randint(5, 14))) for _ in range(num_sentences)]
+    words = _WORDS.split()
+    sentences = [" ".join(rng.choices(words, k=rng.randint(5, 14))) for _ in range(num_sentences)]
     return " ".join(f"{sentence.capitalize()}." for sentence in sentences)
 
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.tiny import tiny_teacher
 
 from hybridize.evaluation.state_bytes import bytes_by_layer, state_bytes
 from hybridize.families import family
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.registry import config_from_dict
 from hybridize.model.swap import swap
+from tests.tiny import tiny_teacher
 
 FULL = {"mixer": "full_attention"}
 PLANS: dict[str, list[dict[str, Any]]] = {
