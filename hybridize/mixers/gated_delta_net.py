@@ -23,8 +23,8 @@ from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
 from hybridize_kernels import gated_delta_rule
 
-SHORTEST_HALF_LIFE_TOKENS = 16.0
-LONGEST_HALF_LIFE_TOKENS = 1024.0
+SHORTEST_HALF_LIFE_TOKENS = 1.0
+LONGEST_HALF_LIFE_TOKENS = 256.0
 _INITIAL_BETA = 0.5
 _NORM_EPSILON = 1e-6
 

@@ -141,7 +141,7 @@ def test_every_new_parameter_is_set_from_whatever_was_in_memory() -> None:
     log_decay, beta = new.gates(x, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(beta, torch.tensor(0.5))
     half_lives = -math.log(2.0) / log_decay[0, 0]
-    assert torch.allclose(half_lives, torch.tensor([16.0 * 64 ** (i / 5) for i in range(6)]), rtol=1e-4)
+    assert torch.allclose(half_lives, torch.tensor([256.0 ** (i / 5) for i in range(6)]), rtol=1e-4)
     out = torch.randn(1, 5, 6, layer.geometry.head_size)
     norm = out.square().mean(-1, keepdim=True).sqrt()
     assert torch.allclose(new.finish(out, x), out / norm * new.output_scale, atol=1e-4)  # the gate lets all through
@@ -178,6 +178,17 @@ def test_the_state_is_as_large_as_promised_at_every_length(config: GatedDeltaNet
         promised = config.state_bytes(layer.geometry, state.seen_tokens, dtype.itemsize)
         assert state.bytes_per_sequence() == promised
         assert state["recurrent"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_trains_with_wide_new_parameters_in_a_bf16_model(config: GatedDeltaNetConfig) -> None:
+    layer = OneLayer(config, dtype=torch.bfloat16)
+    layer.mixer.new.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(layer.hidden_states(2, 9))
+    assert out.dtype == torch.bfloat16
+    out.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in layer.mixer.new.parameters())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
