@@ -125,7 +125,7 @@ class TokenEviction(Mixer):
                 q, k, window=self.config.window_tokens, positions=positions, scale=self.scale
             ).masked_fill(~complete[..., None], -torch.inf)
             auxiliary["retention_target"] = retention_target_loss(
-                logit, future, positions, budget=self.config.budget_tokens, sinks=self.config.sink_tokens
+                logit, future, positions, sinks=self.config.sink_tokens
             )
         return out, auxiliary
 

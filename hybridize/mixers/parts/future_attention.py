@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 QUERY_CHUNK = 256
+HEADROOM = 2.0
+"""Standard deviations by which a token of average worth lies above the threshold of being kept."""
 
 
 @torch.no_grad()
@@ -44,11 +46,12 @@ def future_attention(
     return best.transpose(1, 2)
 
 
-def retention_target_loss(logit: Tensor, future: Tensor, positions: Tensor, *, budget: int, sinks: int) -> Tensor:
+def retention_target_loss(logit: Tensor, future: Tensor, positions: Tensor, *, sinks: int) -> Tensor:
     """Mean squared error between the scorer's logits and the future attention, standardised per row and head.
 
-    The target is (future - threshold) / deviation, where the threshold lies below the `budget` - `sinks` largest: a
-    logit above 0 then means "among those that the budget holds". Sinks stay anyway and do not count.
+    The target is HEADROOM + (future - mean) / deviation, so that nearly every token is kept while there is room and
+    the ranking decides when the cap binds. (A threshold at the budget's quantile leaves slots empty: a regression
+    shrinks towards the mean, which lies far below that quantile.) Sinks stay anyway and do not count.
 
     Args:
         logit, future: [B, T, H]. positions: [B, T].
@@ -58,17 +61,11 @@ def retention_target_loss(logit: Tensor, future: Tensor, positions: Tensor, *, b
     """
     with torch.no_grad():
         known = future.isfinite() & (positions >= sinks)[..., None]
-        count = known.sum(1, keepdim=True)  # [B, 1, H]
+        count = known.sum(1, keepdim=True).clamp(min=1)  # [B, 1, H]
         value = future.masked_fill(~known, 0.0)
-        mean = value.sum(1, keepdim=True) / count.clamp(min=1)
-        variance = ((value - mean) ** 2).masked_fill(~known, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-        deviation = variance.sqrt().clamp(min=1e-3)
-        ordered = future.masked_fill(~known, -torch.inf).sort(dim=1, descending=True).values
-        held = count.clamp(max=max(budget - sinks, 1))
-        last_in = ordered.gather(1, (held - 1).clamp(min=0))
-        first_out = ordered.gather(1, held.clamp(max=ordered.shape[1] - 1))
-        # Where the budget holds all of them, the whole standardised range lies above 0.
-        threshold = torch.where(held < count, (last_in + first_out) / 2, last_in - deviation)
-        target = ((value - threshold) / deviation).masked_fill(~known, 0.0)
+        mean = value.sum(1, keepdim=True) / count
+        centred = (value - mean).masked_fill(~known, 0.0)
+        deviation = (centred.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-3)
+        target = HEADROOM + centred / deviation
     error = (logit - target).masked_fill(~known, 0.0)
-    return (error**2).sum() / known.sum().clamp(min=1)
+    return error.square().sum() / known.sum().clamp(min=1)
