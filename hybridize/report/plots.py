@@ -34,12 +34,15 @@ def has_matplotlib() -> bool:
 
 def all_plots(results: Results, metrics: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> dict[str, bytes]:
     """Every plot that there are numbers for: file name -> PNG."""
-    plots = {
-        "perplexity.png": perplexity_plot(results),
-        "recall.png": recall_plot(results),
-        "state-bytes.png": state_plot(results),
-        "training.png": training_plot(metrics) if metrics else None,
-    }
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        plots = {
+            "perplexity.png": perplexity_plot(results),
+            "recall.png": recall_plot(results),
+            "state-bytes.png": state_plot(results),
+            "training.png": training_plot(metrics) if metrics else None,
+        }
     return {name: png for name, png in plots.items() if png is not None}
 
 
@@ -83,14 +86,18 @@ def recall_plot(results: Results) -> bytes | None:
         depths = [row["depth"] for row in lengths[0][1]["depths"]]
         grid = [[cells["depths"][i][name]["share"] for _, cells in lengths] for i in range(len(depths))]
         axes = flat[place]
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axes.pcolormesh(grid, vmin=0, vmax=1, cmap="Blues", edgecolors="white", linewidth=1.5)
+        axes.invert_yaxis()  # the beginning of the prompt is at the top
         axes.grid(False)
-        axes.set_xticks(range(len(lengths)), [tokens(int(length)) for length, _ in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([x + 0.5 for x in range(len(lengths))], [tokens(int(length)) for length, _ in lengths])
+        axes.set_yticks([y + 0.5 for y in range(len(depths))], [f"{depth:.0%}" for depth in depths])
         axes.set(title=f"{name}, {kind.replace('_single_', ' ')}", xlabel="prompt (tokens)", ylabel="depth")
         for y, shares in enumerate(grid):
             for x, share in enumerate(shares):
-                axes.text(x, y, f"{share * 100:.0f}", ha="center", va="center", fontsize=7)
+                colour = "white" if share > 0.6 else "black"
+                axes.text(x + 0.5, y + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=flat, label="needles found", format=lambda share, _: f"{share:.0%}")
     return _png(figure)
 
@@ -104,19 +111,22 @@ def state_plot(results: Results) -> bytes | None:
     figure, (axes,) = _figure(1, 5.2, 3.2)
     for name, colour in (("teacher", _TEACHER), ("student", _STUDENT)):
         axes.plot([r["tokens"] for r in rows], [r[name] for r in rows], color=colour, marker="o", markersize=4)
+        # The teacher's label stands above its curve's end and the student's below, so that equal ends stay readable.
+        above = name == "teacher"
         axes.annotate(
-            f"{name}\n{size(rows[-1][name])}",
+            f"{name} {size(rows[-1][name])}",
             (rows[-1]["tokens"], rows[-1][name]),
             textcoords="offset points",
-            xytext=(7, 0 if name == "teacher" else -12),
+            xytext=(4, 6 if above else -6),
+            ha="right",
+            va="bottom" if above else "top",
             color=colour,
-            fontsize=8,
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
     axes.set_xticks([row["tokens"] for row in rows], [tokens(row["tokens"]) for row in rows])
     axes.yaxis.set_major_formatter(lambda value, _: size(value))
-    axes.margins(x=0.18)
+    axes.margins(0.06, 0.14)
     axes.minorticks_off()
     axes.set(title="Memory to decode one sequence", xlabel="context (tokens)", ylabel="state bytes")
     return _png(figure)
@@ -147,18 +157,13 @@ def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
 
 def _figure(num_columns: int, width: float, height: float, num_rows: int = 1) -> tuple[Any, list[Any]]:
     """A figure without pyplot, whose global state and choice of window system a library should not touch."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=150)
-        return figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    figure = Figure(figsize=(width, height), dpi=150)
+    return figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import rc_context
-
     buffer = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
