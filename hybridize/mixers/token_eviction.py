@@ -237,7 +237,7 @@ class TokenEviction(Mixer):
             entries["scores"],
             positions,
             entries["positions"],
-            budget=self.config.budget_tokens,
+            budget=None if one else self.config.budget_tokens,  # the state holds no more than that
         )
         if not one:
             self._store(state, entries, last)
