@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hybridize.distillation.data import PackedSequences
 from hybridize.distillation.lora import Student, save_adapter, share_frozen_weights, wrap
 from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.run_state import RunState
-from hybridize.distillation.settings import begin_or_compare, run_settings
+from hybridize.distillation.settings import begin_or_compare, pinned_data, run_settings
 from hybridize.distillation.signals import StopRequest, stop_requests
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
@@ -23,7 +24,6 @@ from hybridize.errors import CheckpointError, RecipeError
 from hybridize.model.load import load_hybrid, load_teacher, load_tokenizer
 from hybridize.plan import ConversionPlan
 from hybridize.progress import SILENT, Reporter
-from hybridize.recipe.documents import pin_revisions
 from hybridize.recipe.schema import Data, Distill, Precision, Recipe
 
 ADAPTER_KIND = "adapter"
@@ -65,38 +65,45 @@ def distill(
     run = Path(run)
     base = Path.cwd() if base is None else base.absolute()
     folder = run / "distill"
-    with stop_requests() as stop, FolderLock(folder):
+    accelerator = Accelerator(mixed_precision="no")
+    # Of several processes the first one writes; the others would find the lock taken.
+    with stop_requests() as stop, FolderLock(folder) if accelerator.is_main_process else nullcontext():
         folder.mkdir(parents=True, exist_ok=True)
-        data = replace(recipe.data, train=pin_revisions(recipe.data.train, base, offline=offline))
-        identity = begin_or_compare(folder, run_settings(recipe.distill, data, plan, base))
+        with accelerator.main_process_first():
+            pinned = pinned_data(folder, recipe.data, base, offline=offline)
+            identity = begin_or_compare(folder, run_settings(recipe.distill, recipe.data, pinned, plan, base))
         adapter = folder / ADAPTER_KIND
         if not _is_finished(adapter, identity):
-            _train(recipe.distill, data, run, plan, base, offline, identity, reporter, stop)
+            job = Job(recipe.distill, pinned, plan, run, base, offline, identity)
+            _train(job, accelerator, reporter, stop)
     return adapter
 
 
-def _train(
-    distill: Distill,
-    data: Data,
-    run: Path,
-    plan: ConversionPlan,
-    base: Path,
-    offline: bool,
-    identity: str,
-    reporter: Reporter,
-    stop: StopRequest,
-) -> None:
-    folder = run / "distill"
-    accelerator = Accelerator(mixed_precision="no")
-    seed_everything(plan.seed)
+@dataclass(frozen=True)
+class Job:
+    """What `distill` was asked for, settled: the data has fixed revisions, `identity` is the hash of the settings."""
+
+    distill: Distill
+    data: Data
+    plan: ConversionPlan
+    run: Path
+    base: Path
+    offline: bool
+    identity: str
+
+
+def _train(job: Job, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> None:
+    distill, folder, seed = job.distill, job.run / "distill", job.plan.seed
+    seed_everything(seed)
     mixed = use_bfloat16(distill.precision, accelerator.device)
-    student, teacher = load_pair(run / "converted", plan, distill, mixed, accelerator.device, offline)
+    converted = job.run / "converted"
+    student, teacher = load_pair(converted, job.plan, distill, mixed, accelerator.device, job.offline)
     sequences = PackedSequences.from_recipe(
-        data,
-        load_tokenizer(run / "converted"),
-        base=base,
-        seed=plan.seed,
-        offline=offline,
+        job.data,
+        load_tokenizer(converted),
+        base=job.base,
+        seed=seed,
+        offline=job.offline,
         rank=accelerator.process_index,
         num=accelerator.num_processes,
     )
@@ -104,16 +111,18 @@ def _train(
     snapshot, notes = state.load(accelerator.device)
     for note in notes:
         reporter.note(note)
-    metrics = MetricsFile(folder / "metrics.jsonl", 0 if snapshot is None else snapshot.progress.step)
+    accelerator.wait_for_everyone()
+    resume_step = 0 if snapshot is None else snapshot.progress.step
+    metrics = MetricsFile(folder / "metrics.jsonl", resume_step) if accelerator.is_main_process else None
     try:
-        trainer = Trainer(
-            distill, data, student, teacher, sequences, state, metrics, accelerator, mixed, reporter, stop
-        )
-        trainer.train(snapshot)
+        Trainer(
+            distill, job.data, student, teacher, sequences, state, metrics, accelerator, mixed, reporter, stop
+        ).train(snapshot)
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
     if accelerator.is_main_process:
-        provenance = {"settings": identity, "model": plan.model, "teacher": plan.fingerprint}
+        provenance = {"settings": job.identity, "model": job.plan.model, "teacher": job.plan.fingerprint}
         with AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance) as out:
             save_adapter(student, out)
     accelerator.wait_for_everyone()

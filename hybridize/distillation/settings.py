@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint import resource_errors, sha256_bytes
+from hybridize.checkpoint.files import read_json_object
 from hybridize.errors import RecipeError
 from hybridize.plan import ConversionPlan
-from hybridize.recipe.documents import local_files
+from hybridize.recipe.documents import local_files, pin_revisions
 from hybridize.recipe.schema import Data, Distill
 
 _HARMLESS = ("save_every_steps", "keep_checkpoints", "log_every_steps")
@@ -19,8 +21,23 @@ _SAMPLE_BYTES = 1 << 20
 SETTINGS_FILE = "settings.json"
 
 
-def run_settings(distill: Distill, data: Data, plan: ConversionPlan, base: Path) -> dict[str, Any]:
-    """Everything that the trained weights depend on, with the sizes and beginnings of the data files."""
+def pinned_data(folder: Path, data: Data, base: Path, *, offline: bool = False) -> Data:
+    """The data with the revision of every Hub data set fixed: that of the run in `folder`, or the present one."""
+    recorded = _recorded(folder).get("revisions", [])
+    if len(recorded) == len(data.train):
+        train = tuple(replace(source, revision=commit) for source, commit in zip(data.train, recorded, strict=True))
+    else:
+        train = pin_revisions(data.train, base, offline=offline)
+    return replace(data, train=train)
+
+
+def run_settings(distill: Distill, data: Data, pinned: Data, plan: ConversionPlan, base: Path) -> dict[str, Any]:
+    """Everything that the trained weights depend on.
+
+    Args:
+        distill, data: of the recipe. pinned: the data with fixed revisions.
+        base: folder that text paths start from; sizes and beginnings of the files are recorded.
+    """
     training = dataclasses.asdict(distill)
     for key in _HARMLESS:
         del training[key]
@@ -31,6 +48,7 @@ def run_settings(distill: Distill, data: Data, plan: ConversionPlan, base: Path)
         "seed": plan.seed,
         "data": dataclasses.asdict(data),
         "data_files": _data_files(data, base),
+        "revisions": [source.revision for source in pinned.train],
         "distill": training,
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
@@ -57,6 +75,15 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
     return [] if before == now else [f"{path.lstrip('.')}: {json.dumps(before)} → {json.dumps(now)}"]
 
 
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What the run in `folder` began with; empty where there is nothing to lose yet."""
+    has_results = (folder / "adapter").exists() or any(folder.glob("checkpoints/step-*"))
+    path = folder / SETTINGS_FILE
+    if not (path.is_file() and has_results):
+        return {}
+    return read_json_object(folder, SETTINGS_FILE)
+
+
 def begin_or_compare(folder: Path, settings: dict[str, Any]) -> str:
     """Records what a run begins with, or compares with what it began with once it has something to lose.
 
@@ -68,9 +95,9 @@ def begin_or_compare(folder: Path, settings: dict[str, Any]) -> str:
     """
     path = folder / SETTINGS_FILE
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    has_results = (folder / "adapter").exists() or any(folder.glob("checkpoints/step-*"))
-    if path.is_file() and has_results:
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), settings)
+    recorded = _recorded(folder)
+    if recorded:
+        changed = differences(recorded, settings)
         if changed:
             what = f"The run began with other settings: {'; '.join(changed[:8])}."
             hint = "Take the change back, or choose another --out for the changed recipe."

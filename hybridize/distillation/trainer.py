@@ -48,6 +48,7 @@ class Trainer:
     """Trains a student through the stages of a recipe.
 
     Attributes:
+        metrics: where steps are written; None in all processes but the first.
         accelerator: an `accelerate.Accelerator`: the device, the processes, and what is summed over them.
         mixed: forward and backward in bfloat16.
         stop: asks for a save and an end at the next step edge.
@@ -59,7 +60,7 @@ class Trainer:
     teacher: Teacher
     sequences: PackedSequences
     state: RunState
-    metrics: MetricsFile
+    metrics: MetricsFile | None
     accelerator: Any
     mixed: bool
     reporter: Reporter
@@ -220,7 +221,7 @@ class Trainer:
             fields["kept"] = f"{sum(kept) / len(kept):.0f}"
         task.advance(1, **fields)
         is_last = stage_step + 1 == stage.steps
-        if not self.accelerator.is_main_process or (self.progress.step % self.distill.log_every_steps and not is_last):
+        if self.metrics is None or (self.progress.step % self.distill.log_every_steps and not is_last):
             return
         losses = {name: value for name, value in measured.items() if not name.startswith("layer_")}
         layers = {name.removeprefix("layer_"): v for name, v in measured.items() if name.startswith("layer_")}
@@ -239,7 +240,7 @@ class Trainer:
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.accelerator.is_main_process and self.saved_step < self.progress.step:
+        if self.metrics is not None and self.saved_step < self.progress.step:
             trained = self.student.trained()
             names = {id(parameter): name for name, parameter in trained.items()}
             tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained.items()}
@@ -263,9 +264,13 @@ class Trainer:
         self._resumed = snapshot
 
     def _stop_if_asked(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.stop:
+        asked = bool(self.stop)
+        if self.accelerator.num_processes > 1:  # a signal may reach the processes in different steps
+            flag = torch.tensor(float(asked), device=self.accelerator.device)
+            asked = bool(self.accelerator.reduce(flag, "sum"))
+        if not asked:
             return
-        name = self.stop.signal.name if self.stop.signal is not None else "signal"
+        name = self.stop.signal.name if self.stop.signal is not None else "a signal"
         if self.progress.step == 0:
             raise InterruptedError_(f"Stopped by {name} before the first step.", hint="Run the same command to begin.")
         self._save(optimizer)

@@ -11,6 +11,7 @@ from hybridize.errors import CheckpointError, HybridizeError, RecipeError
 from hybridize.recipe.documents import (
     Document,
     held_out_documents,
+    local_files,
     pin_revisions,
     read_documents,
     split_held_out,
@@ -130,3 +131,31 @@ def test_same_hub_split_trained_and_held_out_is_refused(tmp_path: Path) -> None:
     data = Data(train=(hub,), held_out=(hub,))
     with pytest.raises(HybridizeError, match="also trained on"):
         list(training_documents(hub, data, tmp_path))
+
+
+def test_hub_rows_are_read_at_the_pinned_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(
+        path: str, config: str | None, *, split: str, revision: str, streaming: bool, **_: object
+    ) -> object:
+        asked.append((path, config, split, revision, streaming))
+        return [{"body": "one"}, {"body": "two"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("hybridize.recipe.documents._hub_commit", lambda source: "c" * 40)
+    (source,) = pin_revisions((TextSource("org/news", config="en", split="part", column="body"),), tmp_path)
+    documents = list(read_documents(source, tmp_path))
+    assert asked == [("org/news", "en", "part", "c" * 40, True)]
+    assert [d.text for d in documents] == ["one", "two"]
+    assert [d.source_name for d in documents] == ["news", "news"]
+    assert documents[1].id == f"org/news@{'c' * 40}/part#1"
+    with pytest.raises(CheckpointError, match=r"no column 'text'.*body"):
+        list(read_documents(TextSource("org/news"), tmp_path))
+
+
+def test_local_files_are_named_from_the_base(texts: Path) -> None:
+    assert [name for name, _ in local_files(TextSource("text"), texts)][0] == "text/a--one.txt"
+    assert local_files(TextSource("org/news"), texts) == []
