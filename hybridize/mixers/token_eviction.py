@@ -16,13 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.budget_controller import BudgetController
 from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
+from hybridize.mixers.parts.retained_slots import (
+    SLOTS,
+    best_ranked,
+    completed,
+    lowest_ranked,
+    rank_entries,
+    real_tokens_last,
+)
 from hybridize.mixers.parts.slots import put, take
 from hybridize.mixers.parts.token_scorer import TokenScorer
 from hybridize_kernels import retained_attention
@@ -30,8 +37,6 @@ from hybridize_kernels import retained_attention
 SCORE_GRID = 2.0**16
 """Scores are compared on a grid of this many steps a unit: tokens in equal surroundings tie exactly (the earlier one
 wins), whatever the rounding of a matrix product does for one number of tokens or another."""
-
-SLOTS = ("keys", "values", "scores", "positions")
 
 
 class RetentionParts(nn.Module):
@@ -155,7 +160,7 @@ class TokenEviction(Mixer):
 
     def _logits_in_any_padding(self, scored: Tensor, positions: Tensor) -> Tensor:
         """The same where padding lies between real tokens, as in a batch of conversations padded turn by turn."""
-        order = _real_tokens_last(positions)
+        order = real_tokens_last(positions)
         return take(self._logits(take(scored, order), take(positions, order)), order.argsort(dim=1))
 
     def _score(self, logit: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ class TokenEviction(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, scored: Tensor, state: MixerState, positions: Tensor
     ) -> Tensor:
         """Attends from T further tokens and takes them into the state."""
-        num_heads = k.shape[2]
+        num_heads, window, sinks = k.shape[2], self.config.window_tokens, self.config.sink_tokens
         before = state["last_position"]
         last = torch.maximum(before, positions.amax(1).to(torch.int32))
         fresh = self._fresh_scores(state, scored, positions, last)
@@ -217,10 +222,9 @@ class TokenEviction(Mixer):
         one = q.shape[1] == 1 and not torch.is_grad_enabled()
         if one:
             # What the new token displaces is what its query does not see, so the state can be written first.
-            state["scores"] = _completed(state["scores"], state["positions"], fresh, before, last, self._margin)
-            rank = self._rank(state["scores"], state["positions"], last)
-            lowest = rank == rank.amin(1, keepdim=True)
-            slot = torch.where(lowest, state["positions"], -2).argmax(1, keepdim=True)  # the latest of the lowest
+            state["scores"] = completed(state["scores"], state["positions"], fresh, before, last, self._margin)
+            rank = rank_entries(state["scores"], state["positions"], last, window=window, sinks=sinks)
+            slot = lowest_ranked(rank, state["positions"])
             for name in SLOTS:
                 state[name] = put(state[name], slot, arrived[name], positions >= 0)
             entries = state.tensors
@@ -229,7 +233,7 @@ class TokenEviction(Mixer):
                 entries = arrived
             else:
                 entries = {name: torch.cat((state[name], arrived[name]), dim=1) for name in SLOTS}
-            entries["scores"] = _completed(entries["scores"], entries["positions"], fresh, before, last, self._margin)
+            entries["scores"] = completed(entries["scores"], entries["positions"], fresh, before, last, self._margin)
         out = self._attend(
             q,
             entries["keys"],
@@ -240,7 +244,8 @@ class TokenEviction(Mixer):
             budget=None if one else self.config.budget_tokens,  # the state holds no more than that
         )
         if not one:
-            self._store(state, entries, last)
+            rank = rank_entries(entries["scores"], entries["positions"], last, window=window, sinks=sinks)
+            state.tensors.update(best_ranked(entries, rank, state["positions"].shape[1]))
         state["last_position"] = last
         return out
 
@@ -260,50 +265,11 @@ class TokenEviction(Mixer):
         x = torch.cat((state["unscored"], scored), dim=1)
         x_positions = torch.cat((stored_positions, positions), dim=1)
         # Real tokens side by side at the right, whatever padding came with this call or an earlier one.
-        order = _real_tokens_last(x_positions)
+        order = real_tokens_last(x_positions)
         x, x_positions = take(x, order), take(x_positions, order)
-        state["unscored"] = x[:, x.shape[1] - stored :].detach()
+        state["unscored"] = x[:, x.shape[1] - stored :].detach().clone()  # a view would hold the whole prompt
         return _on_grid(self._score(self._logits(x, x_positions))).detach()
-
-    def _rank(self, scores: Tensor, positions: Tensor, last: Tensor) -> Tensor:
-        """Who stays, highest first: the window and sinks, then kept tokens by score, then everything else."""
-        stays = (positions > (last - self.config.window_tokens)[:, None, None]) | (positions < self.config.sink_tokens)
-        rank = torch.where(scores > 0, scores, -torch.inf)
-        rank = torch.where(stays, torch.inf, rank)
-        return torch.where(positions >= 0, rank, -torch.inf)
-
-    def _store(self, state: MixerState, entries: dict[str, Tensor], last: Tensor) -> None:
-        """Keeps the best-ranked entries, as many as there are slots."""
-        num_slots = state["positions"].shape[1]
-        rank = self._rank(entries["scores"], entries["positions"], last)
-        by_position = entries["positions"].argsort(dim=1, stable=True)  # on a tie the earlier position stays
-        by_rank = take(rank, by_position).argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-        kept = take(by_position, by_rank)
-        positions = torch.where(take(rank, kept) > -torch.inf, take(entries["positions"], kept), -1)
-        missing = num_slots - kept.shape[1]
-        for name in ("keys", "values"):
-            state[name] = F.pad(take(entries[name].detach(), kept), (0, 0, 0, 0, 0, missing))
-        state["scores"] = F.pad(take(entries["scores"], kept), (0, 0, 0, missing))
-        state["positions"] = F.pad(positions, (0, 0, 0, missing), value=-1)
-
-
-def _real_tokens_last(positions: Tensor) -> Tensor:
-    """positions [B, T] -> [B, T]: the columns with padding first, else in the order they were."""
-    return (positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def _on_grid(score: Tensor) -> Tensor:
     return score + (torch.round(score * SCORE_GRID) / SCORE_GRID - score).detach()
-
-
-def _completed(scores: Tensor, positions: Tensor, fresh: Tensor, before: Tensor, last: Tensor, margin: int) -> Tensor:
-    """Writes the scores that have become final: those of positions in (before - m, last - m].
-
-    Args:
-        scores, positions: [B, S, H] of the entries. fresh: [B, n, H], of which column n - 1 is position `last`.
-        before, last: [B] last position before and after this call.
-    """
-    column = positions - last[:, None, None] + fresh.shape[1] - 1
-    final = (positions > (before - margin)[:, None, None]) & (positions <= (last - margin)[:, None, None])
-    final = final & (positions >= 0)
-    return torch.where(final, take(fresh, column.clamp(0, fresh.shape[1] - 1).long()), scores)

@@ -266,7 +266,9 @@ def test_state_is_as_large_as_promised_at_every_length(dtype: torch.dtype, size:
         layer(x[:, :tokens], cache)
         layer(x[:, tokens:], cache)
         promised = layer.mixer.config.state_bytes(layer.geometry, tokens + 1, size)
-        assert cache.layers[LAYER].bytes_per_sequence() == promised
+        state = cache.layers[LAYER]
+        assert state.bytes_per_sequence() == promised
+        assert sum(tensor.untyped_storage().nbytes() for tensor in state.tensors.values()) == 3 * promised
 
 
 def test_budget_loss_and_what_the_controller_saw() -> None:
