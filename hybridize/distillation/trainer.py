@@ -162,12 +162,21 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             for parameter in (p for group in groups for p in group if p.grad is not None):
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        norms = [float(nn.utils.clip_grad_norm_(group, stage.clip_norm)) for group in groups]
-        norm = math.sqrt(sum(norm**2 for norm in norms))
-        if not math.isfinite(norm):
-            names = (n for n, p in self.student.trained().items() if p.grad is not None and not p.grad.isfinite().all())
-            self._fail(f"The gradient of {next(names, 'all parameters together')} is not finite", stage, micros)
-        return norm
+        norms = []
+        for group in groups:
+            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            if not math.isfinite(norm):
+                self._fail(f"The gradient of {self._first_bad_gradient()} is not finite", stage, micros)
+            nn.utils.clip_grads_with_norm_(group, stage.clip_norm, norm)
+            norms.append(float(norm))
+        return math.sqrt(sum(norm**2 for norm in norms))
+
+    def _first_bad_gradient(self) -> str:
+        """Name of the first trained parameter with NaN or Inf in its gradient, before anything was clipped."""
+        trained = self.student.trained().items()
+        bad = (name for name, p in trained if p.grad is not None and not bool(p.grad.isfinite().all()))
+        return next(bad, "all parameters together")
 
     def _schedule_mixers(self, progress: float, sequence_tokens: int) -> None:
         for _, mixer in self.student.mixers:
