@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
 from typing import Any
 
 from hybridize.evaluation.generation import greedy, prompt_ids
@@ -76,8 +76,7 @@ def answer_tokens(tokenizer: Any, needle: Needle) -> int:
 
 def _ask(model: Any, tokenizer: Any, questions: Sequence[Needle], batch_sequences: int, task: Task) -> list[bool]:
     found = []
-    for start in range(0, len(questions), batch_sequences):
-        batch = questions[start : start + batch_sequences]
+    for batch in _batches(questions, batch_sequences):
         prompts = [prompt_ids(tokenizer, needle.prompt) for needle in batch]
         budgets = [answer_tokens(tokenizer, needle) for needle in batch]
         answers = greedy(model, tokenizer, prompts, max(budgets))
@@ -85,6 +84,14 @@ def _ask(model: Any, tokenizer: Any, questions: Sequence[Needle], batch_sequence
             found.append(needle.value in tokenizer.decode(answer[:budget], skip_special_tokens=True))
         task.advance(len(batch), found=f"{sum(found)}/{len(found)}")
     return found
+
+
+def _batches(questions: Sequence[Needle], size: int) -> Iterator[list[Needle]]:
+    """Questions of one kind and length together: their prompts differ by a few tokens of padding."""
+    for _, run in groupby(questions, key=lambda needle: (needle.kind, needle.tokens)):
+        group = list(run)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from hybridize.report.numbers import ABSENT, found, percent, size, tokens, with_error
@@ -162,7 +162,7 @@ def state_table(results: Results) -> Table | None:
         (tokens(row["tokens"]), size(row["student"]), size(row["teacher"]), f"× {row['student'] / row['teacher']:.3f}")
         for row in state["by_context"]
     ]
-    layers = groupby(state["layers"], key=lambda layer: layer["mixer"])
-    plan = " · ".join(f"{len(list(run))} {name}" for name, run in layers)
-    note = f"One sequence, keys and values in {state['element_bytes']} bytes. Layers, first to last: {plan}."
+    layers = Counter(layer["mixer"] for layer in state["layers"])
+    plan = ", ".join(f"{count} × {name}" for name, count in layers.items())
+    note = f"One sequence, keys and values in {state['element_bytes']} bytes. Layers: {plan}."
     return Table("State bytes", ("context", "student", "teacher", "student : teacher"), rows, note)
