@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hybridize.checkpoint import CheckpointSource, TensorHeader, check_folder, read_config, resolve_source
 from hybridize.cli.format import bytes_text, count_text
 from hybridize.cli.plan_view import layer_parts, state_lines
-from hybridize.errors import CheckpointError
+from hybridize.errors import CheckpointError, RecipeError
 from hybridize.families import AttentionGeometry, family_of_config
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
@@ -102,8 +102,9 @@ def _layers(config: Mapping[str, Any], geometry: AttentionGeometry) -> tuple[Mix
     try:
         for layer in block["layers"] if block else ():
             options = dict(layer)
-            layers[int(options.pop("index"))] = config_from_dict(options)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+            index = int(options.pop("index"))
+            layers[index] = config_from_dict(options)
+    except (KeyError, TypeError, IndexError, ValueError, RecipeError) as error:
         raise CheckpointError(
             f"the `hybridize` block cannot be read ({error!r}).",
             where="config.json: hybridize.layers",

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hybridize.progress import SILENT, Reporter
 
@@ -23,12 +23,21 @@ class Output:
         as_json: one JSON object on stdout instead of text.
         color: False: none; None: where the terminal has it and NO_COLOR is not set.
         verbosity: -1 quiet, 0 normal, 1 and more verbose.
+        stderr: instead of the process's own.
     """
 
-    def __init__(self, *, as_json: bool = False, color: bool | None = None, verbosity: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        as_json: bool = False,
+        color: bool | None = None,
+        verbosity: int = 0,
+        stderr: TextIO | None = None,
+    ) -> None:
         self.as_json = as_json
         self.color = color
         self.verbosity = verbosity
+        self._stderr = stderr
         self._consoles: dict[bool, Console] = {}
 
     def console(self, *, stderr: bool = True) -> Console:
@@ -36,8 +45,8 @@ class Output:
         if stderr not in self._consoles:
             from rich.console import Console
 
-            stream = sys.stderr if stderr else sys.stdout
-            self._consoles[stderr] = Console(
+            stream = (self._stderr or sys.stderr) if stderr else sys.stdout
+            console = self._consoles[stderr] = Console(
                 file=stream,
                 no_color=self.color is False or bool(os.environ.get("NO_COLOR")),
                 width=None if stream.isatty() else _PIPED_WIDTH,
@@ -45,6 +54,8 @@ class Output:
                 highlight=False,
                 emoji=False,
             )
+            # Left alone, rich would end the program with 1 when the reader has gone (`| head`).
+            console.on_broken_pipe = _raise_broken_pipe  # type: ignore[method-assign]
         return self._consoles[stderr]
 
     def result(self, command: str, values: Mapping[str, Any], human: Iterable[RenderableType] = ()) -> None:
@@ -116,3 +127,7 @@ class Output:
     def _write_json(self, value: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
+
+
+def _raise_broken_pipe() -> None:
+    raise BrokenPipeError

@@ -31,6 +31,7 @@ class BarReporter:
         try:
             identity = progress.add_task(description, total=total, fields="")
             yield _Bar(progress, identity)
+            progress.refresh()
             progress.update(identity, visible=outermost)
         finally:
             if outermost:
@@ -52,7 +53,7 @@ class BarReporter:
 
         progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[fields]}", markup=False),
             TimeElapsedColumn(),

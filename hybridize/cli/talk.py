@@ -51,8 +51,10 @@ class Talker:
         auto = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
         chosen = auto if dtype == "auto" else getattr(torch, dtype)
         with output.reporter().task("loading", None):
-            self.tokenizer = load_tokenizer(model, offline=offline)
+            # The model first: it registers the hybrid's classes, without which transformers would ask on the terminal
+            # whether to run the code that an exported folder carries for others.
             self.model = load_any(model, dtype=chosen, offline=offline).to(device).eval()
+            self.tokenizer = load_tokenizer(model, offline=offline)
         torch.manual_seed(sampling.seed)
         self.messages: list[dict[str, str]] = []
 

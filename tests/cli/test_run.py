@@ -1,0 +1,223 @@
+"""The commands that write: the whole way on a tiny model, and what happens the second time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file but those of the report was written."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): path.stat().st_mtime_ns for path in files if "report" not in path.parts}
+
+
+def test_a_run_holds_everything(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"recipe.yaml", "recipe.lock.json", "plan.json", "converted", "distill", "export", "results.json"} <= names
+    assert (finished / "report" / "report.md").is_file()
+    lock = json.loads((finished / "recipe.lock.json").read_text())
+    assert lock["versions"]["torch"]
+    assert lock["recipe"]["distill"]["stages"][0]["weight_decay"] == 0.0
+    results = json.loads((finished / "results.json").read_text())
+    assert results["probes"]["perplexity"]["status"] == "ok"
+    assert results["provenance"]["recipe_sha256"] == lock["recipe_sha256"]
+
+
+def test_the_same_command_again_writes_nothing(invoke: Invoke, finished: Path, recipe: Path) -> None:
+    before = stamps(finished)
+    result = invoke("run", recipe, "--out", finished, "--json")
+    assert result.code == 0
+    assert stamps(finished) == before
+    assert result.json["results"]["probes"]["perplexity"]["status"] == "ok"
+    assert "converted already" in result.err
+    assert "exported already" in result.err
+
+
+def test_what_is_missing_is_made_again(invoke: Invoke, finished: Path, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "results.json").unlink()
+    before = stamps(run)
+    assert invoke("-q", "run", recipe, "--out", run).code == 0
+    assert (run / "results.json").is_file()
+    assert {name: stamp for name, stamp in stamps(run).items() if name in before} == before
+
+
+def test_a_changed_recipe_is_refused(invoke: Invoke, finished: Path, recipe: Path) -> None:
+    before = stamps(finished)
+    result = invoke("run", recipe, "--out", finished, "--set", "distill.stages.1.steps=9", "--json")
+    assert result.code == 3
+    assert result.json["error"]["problems"] == ["distill.stages.1.steps: 1 → 9"]
+    assert stamps(finished) == before
+
+
+def test_overwrite_starts_anew_and_leaves_foreign_files(
+    invoke: Invoke, finished: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "notes.txt").write_text("mine")
+    changes = ("--set", "distill=null", "--set", "evaluate.samples=null")
+    result = invoke("-q", "run", recipe, "--out", run, "--overwrite", *changes, "--json")
+    assert result.code == 0, result
+    assert result.json["model"] == str(run / "converted")
+    assert (run / "notes.txt").read_text() == "mine"
+    assert not (run / "distill").exists()
+
+
+def test_foreign_folder_is_refused(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    for extra in ([], ["--overwrite"]):
+        result = invoke("run", recipe, "--out", tmp_path, *extra)
+        assert result.code == 2
+        assert "holds no run" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_convert_refuses_to_overwrite(invoke: Invoke, finished: Path, recipe: Path) -> None:
+    result = invoke("convert", recipe, "--out", finished / "converted")
+    assert result.code == 2
+    assert "--overwrite" in result.err
+
+
+def test_dry_run_writes_nothing(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    for command in ("run", "convert", "distill"):
+        assert invoke(command, recipe, "--out", tmp_path / "out", "--dry-run").code == 0
+    assert not any(tmp_path.iterdir())
+
+
+def test_resume_needs_a_run(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    assert invoke("distill", recipe, "--out", tmp_path / "none", "--resume").code == 2
+    assert invoke("distill", recipe, "--out", tmp_path / "none", "--resume", "--overwrite").code == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_distill_needs_stages(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    result = invoke("distill", recipe, "--out", tmp_path / "none", "--set", "distill=null")
+    assert result.code == 3
+    assert "'distill'" in result.err
+
+
+def test_distill_of_a_finished_run_is_a_no_op(invoke: Invoke, finished: Path, recipe: Path) -> None:
+    before = stamps(finished)
+    assert invoke("distill", recipe, "--out", finished, "--resume", "--json").code == 0
+    assert stamps(finished) == before
+
+
+def test_inspect_and_verify_a_hybrid(invoke: Invoke, finished: Path) -> None:
+    for name in ("converted", "export"):
+        values = invoke("inspect", finished / name, "--context", 64, "--json").json
+        assert values["is_hybrid"]
+        mixers = [layer["mixer"] for layer in values["layers"]]
+        assert mixers == ["full_attention", "token_eviction", "gated_delta_net", "full_attention"]
+        assert values["layers"][1]["window_tokens"] == 14
+        assert values["state_bytes"]["64"]["student"] > 0
+        verified = invoke("verify", finished / name, "--json").json
+        assert verified["manifest"] == {"converted": "converted", "export": "export"}[name]
+        assert verified["tensors"] == values["tensors"]
+
+
+def test_generate_streams_and_speaks_json(invoke: Invoke, finished: Path) -> None:
+    arguments = ("generate", finished / "export", "--prompt", "the sea", "--max-new-tokens", 5, "-q")
+    plain = invoke(*arguments)
+    assert plain.code == 0, plain.err
+    assert plain.out.startswith("the sea")
+    values = invoke(*arguments, "--json").json
+    assert values["new_tokens"] <= 5
+    assert values["text"].split() == plain.out.removeprefix("the sea").split()
+    sampled = (*arguments, "--temperature", 1.5, "--seed", 3, "--json")
+    assert invoke(*sampled).json["text"] == invoke(*sampled).json["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "nothing to continue"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--chat", "--json"), "no JSON form"),
+        (("--prompt", "a", "--chat"), "no chat template"),
+    ],
+)
+def test_generate_refuses(invoke: Invoke, finished: Path, arguments: tuple[str, ...], says: str) -> None:
+    result = invoke("generate", finished / "export", *arguments)
+    assert result.code == 2
+    assert says in result.out + result.err
+
+
+def test_chat_keeps_the_conversation(
+    invoke: Invoke, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    folder = tmp_path / "chatty"
+    shutil.copytree(finished / "converted", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever\n"))
+    result = invoke("generate", folder, "--chat", "--max-new-tokens", 3, "-q")
+    assert result.code == 0, result.err
+    assert result.out.count("\n") == 2
+
+
+def test_eval_with_texts_probes_and_gates(invoke: Invoke, finished: Path, project: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    arguments = (
+        *("eval", finished / "converted", "--text", project / "held" / "*.txt", "--probe", "perplexity", "-q"),
+        *("--recipe", project / "recipe.yaml", "--out", out, "--gate", "perplexity.ratio<=1e9", "--json"),
+    )
+    result = invoke(*arguments)
+    assert result.code == 0, result
+    probes = result.json["results"]["probes"]
+    assert probes["perplexity"]["ratio"] > 0
+    assert "samples" not in probes
+    assert json.loads(out.read_text()) == result.json["results"]
+    assert invoke(*arguments).code == 2  # the file is there
+    failed = invoke(*arguments, "--overwrite", "--gate", "perplexity.ratio<=0")
+    assert failed.code == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "which texts"),
+        (("--set", "seed=1", "--text", "x"), "Add --recipe"),
+        (("--text", "x", "--gate", "nonsense"), "is not a condition"),
+    ],
+)
+def test_eval_refuses(invoke: Invoke, finished: Path, arguments: tuple[str, ...], says: str) -> None:
+    result = invoke("eval", finished / "converted", *arguments)
+    assert result.code == 2
+    assert says in result.err
+
+
+def test_export_of_a_run_with_other_settings(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    assert invoke("export", finished, "--out", tmp_path / "out", "--max-shard", "huge").code == 2
+    assert invoke("export", tmp_path, "--out", tmp_path / "out").code == 4
+
+
+def test_report_needs_no_torch(finished: Path, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        "import sys; from hybridize.cli.main import run\n"
+        f"assert run(['report', {str(finished)!r}, '--out', {str(tmp_path / 'report')!r}]) == 0\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "report.md").is_file()
+    assert "perplexity" in done.stdout.lower()
+
+
+def test_report_without_results(invoke: Invoke, tmp_path: Path) -> None:
+    assert invoke("report", tmp_path).code == 2
