@@ -1,7 +1,8 @@
 """Training sequences: documents of weighted sources, shuffled, tokenised and packed; resumable bit for bit.
 
 Documents pass a seeded shuffle buffer, are tokenised, closed by the end-of-sequence token and laid end to end;
-sequences are cut from that stream. When a source is used up it begins again in a new order.
+sequences are cut from that stream. Several such streams (lanes) take turns, so that neighbouring sequences come from
+different documents however long these are. When a source is used up it begins again in a new order.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hybridize.recipe.documents import Document, training_documents
 from hybridize.recipe.schema import Data
 
 Encode = Callable[[str], list[int]]
+NUM_LANES = 8
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,31 @@ class DocumentStream:
             self._draw()
 
 
+class Lane:
+    """Packed tokens that were not handed out yet, and the documents that they are of."""
+
+    def __init__(self, tokens: list[int], documents: list[tuple[str, int]]) -> None:
+        self.tokens = tokens
+        self.documents = documents
+        """(id, tokens of it in `tokens`), in order."""
+
+    def append(self, identity: str, tokens: list[int]) -> None:
+        self.tokens += tokens
+        self.documents.append((identity, len(tokens)))
+
+    def take(self, count: int) -> tuple[list[int], list[str]]:
+        """The first `count` tokens, and the ids of their documents."""
+        tokens, self.tokens = self.tokens[:count], self.tokens[count:]
+        ids: list[str] = []
+        while count > 0:
+            identity, available = self.documents.pop(0)
+            ids.append(identity)
+            if available > count:
+                self.documents.insert(0, (identity, available - count))
+            count -= available
+        return tokens, ids
+
+
 class PackedSequences:
     """The stream of training sequences.
 
@@ -126,6 +153,7 @@ class PackedSequences:
     Args:
         streams: one a source. weights: their shares.
         encode: text -> token ids with the separator.
+        num_lanes: streams of packed tokens that take turns.
         rank, num_processes: of `num_processes` consecutive sequences this process takes the `rank`-th.
     """
 
@@ -135,6 +163,7 @@ class PackedSequences:
         weights: Sequence[float],
         encode: Encode,
         *,
+        num_lanes: int = NUM_LANES,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -143,8 +172,8 @@ class PackedSequences:
         self.encode = encode
         self.rank, self.num_processes = rank, num_processes
         self.tokens_of_source = [0] * len(self.streams)
-        self._tokens: list[int] = []  # packed and not yet handed out
-        self._documents: list[tuple[str, int]] = []  # (id, tokens of it in `_tokens`), in order
+        self._lanes = [Lane([], []) for _ in range(num_lanes)]
+        self._turn = 0
 
     @classmethod
     def from_recipe(
@@ -175,34 +204,30 @@ class PackedSequences:
         return Batch(torch.tensor(rows, dtype=torch.int64), tuple(documents))
 
     def _take(self, count: int) -> tuple[list[int], list[str]]:
-        while len(self._tokens) < count:
-            self._append_document()
-        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
-        ids: list[str] = []
-        while count > 0:
-            identity, available = self._documents.pop(0)
-            ids.append(identity)
-            if available > count:
-                self._documents.insert(0, (identity, available - count))
-            count -= available
-        return tokens, ids
+        lane = self._lanes[self._turn]
+        self._turn = (self._turn + 1) % len(self._lanes)
+        while len(lane.tokens) < count:
+            self._append_document(lane)
+        return lane.take(count)
 
-    def _append_document(self) -> None:
+    def _append_document(self, lane: Lane) -> None:
         behind = [tokens / weight for tokens, weight in zip(self.tokens_of_source, self.weights, strict=True)]
         source = behind.index(min(behind))
         document = self.streams[source].next()
         tokens = self.encode(document.text)
         self.tokens_of_source[source] += len(tokens)
-        self._tokens += tokens
-        self._documents.append((document.id, len(tokens)))
+        lane.append(document.id, tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, as JSON values."""
         return {
             "streams": [stream.state_dict() for stream in self.streams],
             "tokens_of_source": list(self.tokens_of_source),
-            "tokens": list(self._tokens),
-            "documents": [list(entry) for entry in self._documents],
+            "turn": self._turn,
+            "lanes": [
+                {"tokens": list(lane.tokens), "documents": [list(entry) for entry in lane.documents]}
+                for lane in self._lanes
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -210,5 +235,8 @@ class PackedSequences:
         for stream, place in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(place)
         self.tokens_of_source = list(state["tokens_of_source"])
-        self._tokens = list(state["tokens"])
-        self._documents = [(str(identity), int(count)) for identity, count in state["documents"]]
+        self._turn = state["turn"]
+        self._lanes = [
+            Lane(list(lane["tokens"]), [(str(identity), int(count)) for identity, count in lane["documents"]])
+            for lane in state["lanes"]
+        ]

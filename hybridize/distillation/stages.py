@@ -14,7 +14,8 @@ from hybridize.distillation.teacher import AttentionTrace, Teacher
 from hybridize.recipe.schema import Stage
 
 Measured = dict[str, Tensor]
-"""Named scalars without gradient. `layer_<i>` is a loss of layer i; "loss" is what was minimised."""
+"""Named scalars without gradient. `layer_<i>` is the relative error of layer i and "error" their mean; "loss" is
+what was minimised."""
 
 
 class Step(Protocol):
@@ -66,7 +67,8 @@ class Align:
             for name, value in mixer.auxiliary.items():
                 measured[name] = measured.get(name, 0.0) + value.detach().float()
             total = total + loss.detach()
-        return {"loss": total, **measured}
+        errors = [value for name, value in measured.items() if name.startswith("layer_")]
+        return {"loss": total, "error": torch.stack(errors).mean(), **measured}
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """One a mixer, since the layers do not know of each other; what mixers share is clipped with the first."""

@@ -195,7 +195,7 @@ class Trainer:
     def _require_finite_losses(self, measured: dict[str, float], stage: Stage, micros: Sequence[Micro]) -> None:
         bad = [name for name, value in measured.items() if not math.isfinite(value)]
         if bad:
-            bad.sort(key=lambda name: name == "loss")  # the sum says less than its parts
+            bad.sort(key=lambda name: name in ("loss", "error"))  # sums and means say less than their parts
             self._fail(f"{bad[0].replace('_', ' ').capitalize()} is not finite ({measured[bad[0]]})", stage, micros)
 
     def _fail(self, what: str, stage: Stage, micros: Sequence[Micro]) -> None:
@@ -226,6 +226,8 @@ class Trainer:
         mixers = {str(index): metrics for index, mixer in self.student.mixers if (metrics := mixer.metrics())}
         kept = [metrics["kept_tokens_mean"] for metrics in mixers.values() if "kept_tokens_mean" in metrics]
         fields = {"loss": f"{measured['loss']:.4g}", "tokens/s": f"{tokens_per_s:,.0f}"}
+        if "error" in measured:
+            fields["error"] = f"{measured['error']:.3g}"
         if kept:
             fields["kept"] = f"{sum(kept) / len(kept):.0f}"
         task.advance(1, **fields)

@@ -30,10 +30,10 @@ def encode(text: str) -> list[int]:
 
 
 def packed(
-    *sources: list[Document], weights: tuple[float, ...] = (), buffer: int = 4, **kwargs: int
+    *sources: list[Document], weights: tuple[float, ...] = (), buffer: int = 4, num_lanes: int = 1, **kwargs: int
 ) -> PackedSequences:
     streams = [DocumentStream(lambda s=s: iter(s), f"7:{i}", buffer) for i, s in enumerate(sources)]
-    return PackedSequences(streams, weights or (1.0,) * len(sources), encode, **kwargs)
+    return PackedSequences(streams, weights or (1.0,) * len(sources), encode, num_lanes=num_lanes, **kwargs)
 
 
 def take(sequences: PackedSequences, count: int, length: int = 8) -> list[list[int]]:
@@ -63,6 +63,13 @@ def test_batch_names_its_documents() -> None:
     assert first_of_next.tokens.item() in (CLOSING, values[-1])
 
 
+def test_neighbouring_sequences_come_from_different_documents() -> None:
+    sequences = packed(documents(10, 6, length=64), num_lanes=4, buffer=6)
+    batches = [sequences.next_batch(1, 16).documents for _ in range(8)]
+    assert len(set(batches[:4])) == 4
+    assert batches[4:] == batches[:4]  # each goes on where its lane left it
+
+
 def test_weights_are_shares_of_tokens() -> None:
     long, short = documents(100, 10, length=40), documents(500, 10, length=35)
     rows = take(packed(long, short, weights=(1.0, 3.0)), 200)
@@ -82,11 +89,14 @@ def test_seed_decides_the_order() -> None:
 @given(
     before=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), max_size=6),
     buffer=st.integers(1, 9),
+    lanes=st.integers(1, 4),
     weight=st.floats(0.1, 5.0),
 )
-def test_going_on_gives_what_would_have_come(before: list[tuple[int, int]], buffer: int, weight: float) -> None:
+def test_going_on_gives_what_would_have_come(
+    before: list[tuple[int, int]], buffer: int, lanes: int, weight: float
+) -> None:
     def make() -> PackedSequences:
-        return packed(documents(10, 5), documents(500, 3, 11), weights=(1.0, weight), buffer=buffer)
+        return packed(documents(10, 5), documents(500, 3, 11), weights=(1.0, weight), buffer=buffer, num_lanes=lanes)
 
     straight, resumed = make(), make()
     for rows, length in before:
