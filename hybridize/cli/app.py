@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +95,7 @@ class Command(click.Command):
         return [*own[:-1], *self.shared, own[-1]] if ctx.help_option_names else [*own, *self.shared]
 
     def invoke(self, ctx: click.Context) -> Any:
-        if _settings(ctx).offline:
-            # Set before any Hub library is imported: they read it once.
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        _quieten_libraries(_settings(ctx))
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -113,6 +112,19 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self.examples, formatter)
+
+
+def _quieten_libraries(settings: Settings) -> None:
+    """Set before any of them is imported: they read the environment once."""
+    if settings.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if settings.as_json or settings.verbosity < 0:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if settings.verbosity <= 0 and not settings.debug:
+        # What one library wants to tell another is no news for the user.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
 
 
 class LazyGroup(click.Group):

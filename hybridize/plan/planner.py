@@ -56,7 +56,7 @@ def plan(recipe: Recipe, *, offline: bool = False, contexts: Sequence[int] = CON
     layers = _mixer_configs(recipe, geometry)
     warnings = _warnings(recipe, layers, geometry)
     fingerprint = _check_weights(source, adapter, geometry, config, warnings)
-    dtype = _dtype(recipe, source, config)
+    stored, dtype = _stored_dtype(source, config), _dtype(recipe, source, config)
     return ConversionPlan(
         model=recipe.model,
         revision=source.revision,
@@ -67,7 +67,15 @@ def plan(recipe: Recipe, *, offline: bool = False, contexts: Sequence[int] = CON
         layers=layers,
         dtype=dtype,
         seed=recipe.seed,
-        bill=make_bill(recipe, adapter, geometry, layers, dtype=dtype, contexts=contexts),
+        bill=make_bill(
+            recipe,
+            adapter,
+            geometry,
+            layers,
+            dtype=dtype,
+            contexts=contexts,
+            source_bytes=0 if stored == dtype else source.size_bytes,
+        ),
         warnings=tuple(warnings),
     )
 
@@ -148,9 +156,16 @@ def _check_weights(
 def _dtype(recipe: Recipe, source: CheckpointSource, config: Mapping[str, Any]) -> Dtype:
     if recipe.dtype != "auto":
         return recipe.dtype
-    stated = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    stored = _stored_dtype(source, config)
     # A quantised file is expanded to float32: what it lost is lost, and nothing more.
-    return cast(Dtype, stated) if source.gguf_file is None and stated in _DTYPES else "float32"
+    return cast(Dtype, stored) if stored in _DTYPES else "float32"
+
+
+def _stored_dtype(source: CheckpointSource, config: Mapping[str, Any]) -> str:
+    """What config.json says of the files; "" for GGUF, whose tensors are of many types."""
+    if source.gguf_file is not None:
+        return ""
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
 def ranges(indices: Sequence[int]) -> str:
