@@ -20,6 +20,7 @@ def test_conditions_that_hold_pass() -> None:
     gate(
         RESULTS,
         "perplexity.ratio<=1.5",
+        "perplexity.ratio<=1.2",
         "perplexity.ratio == 1.2",
         " recall.kinds.niah_single_1.1024.student.share >= 9e-1 ",
         "perplexity.by_position.1.ratio>1.3",

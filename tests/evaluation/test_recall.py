@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,8 @@ def test_hits_are_counted_by_kind_length_and_depth(tokenizer: Any, questions: An
         assert list(lengths) == ["500", "700"]
         for tokens, cell in lengths.items():
             assert cell["student"]["share"] == 0.5
-            assert [(d["depth"], d["student"]["hits"]) for d in cell["depths"]] == [(0.1, 2), (0.9, 0)]
+            cells = [(d["depth"], d["student"]["hits"], d["student"]["samples"]) for d in cell["depths"]]
+            assert cells == [(0.1, 2, 2), (0.9, 0, 2)]
             assert int(tokens) - 12 < cell["prompt_tokens"][0] <= cell["prompt_tokens"][1] <= int(tokens)
     assert row["by_length"]["500"]["student"]["samples"] == 12
     assert row["student"]["low"] < 0.5 < row["student"]["high"]
@@ -72,6 +74,21 @@ def test_batches_of_unequal_prompts_change_nothing(tokenizer: Any, questions: An
 def test_a_value_behind_a_long_preamble_is_no_hit(tokenizer: Any, questions: Any) -> None:
     row = ask({"student": Reader(tokenizer, prefix=" well, let me think about it, it was " * 3)}, tokenizer, questions)
     assert row["student"]["hits"] == 0
+
+
+def test_a_neighbour_with_a_longer_value_lends_no_tokens(tokenizer: Any, questions: Any) -> None:
+    long = questions[-1]
+    prompt = long.prompt.replace(long.value, "4711")
+    short = replace(long, value="4711", prompt=prompt)
+    late = {"student": Reader(tokenizer, prefix=" well then ")}
+    assert ask(late, tokenizer, [short])["student"]["hits"] == 0
+    assert ask(late, tokenizer, [short, long], batch_sequences=2)["student"]["hits"] == 0
+    assert ask({"student": Reader(tokenizer)}, tokenizer, [short, long], batch_sequences=2)["student"]["hits"] == 2
+
+
+def test_what_follows_the_end_token_is_cut(tokenizer: Any) -> None:
+    (answer,) = greedy(Reader(tokenizer), tokenizer, [prompt_ids(tokenizer, "It is: 12. So it is")], 9)
+    assert answer == tokenizer(" 12")["input_ids"]
 
 
 def test_the_budget_is_ten_tokens_or_what_the_value_needs(tokenizer: Any, questions: Any) -> None:

@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_a_resource_error(tmp_path: Path, mon
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ResourceError, match="disk is full"):
         render(make_results(), tmp_path / "report")
     assert list((tmp_path / "report").iterdir()) == []
