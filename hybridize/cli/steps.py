@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint import read_manifest
+from hybridize.checkpoint import FolderLock, read_manifest
 from hybridize.errors import CheckpointError, UsageError
 from hybridize.plan import ConversionPlan
 from hybridize.progress import Reporter
@@ -87,7 +88,7 @@ def export_step(recipe: Recipe, run: Path, *, reporter: Reporter) -> Path:
 
 
 def evaluate_step(
-    recipe: Recipe, run: Path, lock: Lock, *, model: Path, offline: bool, reporter: Reporter
+    recipe: Recipe, run: Path, lock: Lock, *, model: Path, teacher: str, offline: bool, reporter: Reporter
 ) -> dict[str, Any]:
     """RUN/results.json."""
     path = run / RESULTS
@@ -99,7 +100,7 @@ def evaluate_step(
 
     return evaluate(
         model,
-        teacher=recipe.model,
+        teacher=teacher,
         recipe_evaluate=recipe.evaluate,
         held_out=recipe.data or (),
         base=recipe.origin.base if recipe.origin else Path(),
@@ -122,6 +123,14 @@ def report_step(run: Path) -> list[Path]:
 
 
 def _clear(run: Path) -> None:
+    """Removes what is ours; refuses while a living process writes any of it."""
+    with ExitStack() as locks:
+        for name in (CONVERTED, "distill", EXPORT):
+            locks.enter_context(FolderLock(run / name))
+        _remove_ours(run)
+
+
+def _remove_ours(run: Path) -> None:
     for name in _OURS:
         path = run / name
         if path.is_dir() and not path.is_symlink():

@@ -55,6 +55,11 @@ class ConversionPlan:
         """Indices of the layers that get a mixer."""
         return tuple(index for index, config in enumerate(self.layers) if config.name != FullAttentionConfig.name)
 
+    @property
+    def teacher(self) -> str:
+        """The model, pinned to the revision that was planned for."""
+        return f"{self.model}@{self.revision}" if self.revision and "@" not in self.model else self.model
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; the inverse of `from_json`."""
         values = {name: getattr(self, name) for name in ("model", "revision", "fingerprint", "family", "dtype", "seed")}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hybridize import plan as plan_package
-from hybridize.cli.main import SECTIONS, run
+from hybridize.cli.main import SECTIONS, main, run
 from hybridize.errors import NumbersError, StoppedError
 from tests.cli.conftest import Invoke
 
@@ -153,6 +153,21 @@ def test_interrupt_signal_during_plan(invoke: Invoke, recipe: Path, monkeypatch:
 
     monkeypatch.setattr(plan_package, "plan", plan)
     assert invoke("plan", recipe).code == 130
+
+
+def test_sigterm_ends_like_ctrl_c(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(plan_package, "plan", plan)
+    monkeypatch.setattr("sys.argv", ["hybridize", "plan", str(recipe)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 130
 
 
 def test_checkpoint_errors_are_4(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:

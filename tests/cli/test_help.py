@@ -38,8 +38,9 @@ def test_help_is_quick_and_torch_free(arguments: list[str]) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
-def test_group_help_is_the_snapshot(invoke: Invoke) -> None:
-    """After a wanted change: `hybridize --help > tests/cli/help.txt`."""
+def test_group_help_is_the_snapshot(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a wanted change: `COLUMNS=80 hybridize --help > tests/cli/help.txt`."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert invoke("--help").out == (Path(__file__).parent / "help.txt").read_text(encoding="utf-8")
 
 

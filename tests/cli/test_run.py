@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridize.checkpoint import FolderLock
 from tests.cli.conftest import Invoke
 
 
@@ -71,6 +72,15 @@ def test_overwrite_starts_anew_and_leaves_foreign_files(
     assert result.json["model"] == str(run / "converted")
     assert (run / "notes.txt").read_text() == "mine"
     assert not (run / "distill").exists()
+
+
+def test_overwrite_is_refused_while_a_process_writes(invoke: Invoke, finished: Path, recipe: Path) -> None:
+    before = stamps(finished)
+    with FolderLock(finished / "distill"):
+        result = invoke("run", recipe, "--out", finished, "--overwrite")
+    assert result.code == 2
+    assert "is being written by" in result.err
+    assert stamps(finished) == before
 
 
 def test_foreign_folder_is_refused(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:

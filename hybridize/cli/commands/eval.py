@@ -98,4 +98,4 @@ def _teacher_of(model: str) -> str | None:
     from hybridize.plan import ConversionPlan
 
     path = Path(model) / "plan.json"
-    return ConversionPlan.load(path).model if path.is_file() else None
+    return ConversionPlan.load(path).teacher if path.is_file() else None

@@ -52,7 +52,9 @@ def command(
     if recipe.distill is not None and recipe.data is not None:
         steps.distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
         final = steps.export_step(recipe, out, reporter=reporter)
-    results = steps.evaluate_step(recipe, out, lock, model=final, offline=settings.offline, reporter=reporter)
+    results = steps.evaluate_step(
+        recipe, out, lock, model=final, teacher=made.teacher, offline=settings.offline, reporter=reporter
+    )
     written = steps.report_step(out)
     from hybridize.cli.results_view import results_parts
 
