@@ -118,6 +118,11 @@ def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
 def save_adapter(student: Student, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; equal weights give equal bytes."""
     tensors = get_peft_model_state_dict(student.peft, save_embedding_layers=False)
+    # PEFT looks for modules_to_save under every layer's name, those that the layers share too.
+    names = {id(mixer): f"{name}.{NEW_PARAMETERS}." for name, mixer in _mixer_names(student.peft).items()}
+    for mixer, first in _shared_new(list(student.mixers)):
+        own, prefix = names[id(mixer)], names[id(first)]
+        tensors |= {own + name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     save_tensors(folder, tensors, stem="adapter_model", max_shard_bytes=float("inf"))
     config = student.peft.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}  # beside the run's converted/, not at a path

@@ -131,20 +131,38 @@ def test_full_disk_keeps_the_previous_checkpoint(run: Path, reference: Path, ser
     assert_same(again(run), reference)
 
 
+def signal_in_step(number: signal.Signals, wanted: int) -> Callable[..., dict[str, float]]:
+    """`Trainer._step`, with a signal while step `wanted` runs."""
+    step = Trainer._step
+
+    def step_with_signal(self: Trainer, *args: Any) -> dict[str, float]:
+        if self.progress.step + 1 == wanted:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    return step_with_signal
+
+
+def test_bfloat16_and_recomputation_resume_as_well(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"precision": "bfloat16", "gradient_checkpointing": True, "save_every_steps": 100}
+    other = run.with_name(run.name + "-straight")
+    shutil.copytree(run, other)
+    straight = again(other, **changes)
+    for wanted in (1, 5):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_step", signal_in_step(signal.SIGTERM, wanted))
+            with pytest.raises(StoppedError):
+                again(run, **changes)
+    assert_same(again(run, **changes), straight)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_stops(
     run: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    step = Trainer._step
-
-    def step_with_signal(self: Trainer, *args: Any) -> dict[str, float]:
-        if self.progress.step == 4:
-            os.kill(os.getpid(), number)
-        return step(self, *args)
-
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_with_signal)
+        patch.setattr(Trainer, "_step", signal_in_step(number, 5))
         with pytest.raises(StoppedError, match="after step 5") as caught:
             again(run, save_every_steps=100)
     assert caught.value.exit_code == 75
@@ -235,7 +253,7 @@ def break_layer(self: Teacher, tokens: torch.Tensor, layers: Any) -> Any:
 
 
 def break_hidden(self: Teacher, tokens: torch.Tensor) -> torch.Tensor:
-    return last_hidden(self, tokens).index_fill(1, torch.tensor([3]), float("inf"))
+    return last_hidden(self, tokens).index_fill(1, torch.tensor([3], device=tokens.device), float("inf"))
 
 
 trace, last_hidden = Teacher.trace, Teacher.last_hidden

@@ -92,9 +92,10 @@ def test_frozen_weights_exist_once() -> None:
     assert not any(p.data_ptr() in of_teacher for p in wrapped.trained().values())
 
 
+@pytest.mark.parametrize("layers", ["FTGS", "TTFT"])
 @pytest.mark.parametrize("lora", [LORA, None])
-def test_adapter_on_a_fresh_hybrid_gives_the_student(tmp_path: Path, lora: Lora | None) -> None:
-    wrapped = student("F", "T", "G", "S", lora=lora)
+def test_adapter_on_a_fresh_hybrid_gives_the_student(tmp_path: Path, lora: Lora | None, layers: str) -> None:
+    wrapped = student(*layers, lora=lora, scorer_sharing="model")
     with torch.no_grad():
         for parameter in wrapped.trained().values():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -104,7 +105,7 @@ def test_adapter_on_a_fresh_hybrid_gives_the_student(tmp_path: Path, lora: Lora 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     tokens = tiny_tokens()
-    fresh = swap(tiny_teacher(), configs("F", "T", "G", "S"))
+    fresh = swap(tiny_teacher(), configs(*layers, scorer_sharing="model"))
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "a")).eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=tokens).logits, wrapped.model.eval()(input_ids=tokens).logits)
