@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = {
     "convert": "hybridize.model.convert",
-    "load": "hybridize.model.load",
+    "register": "hybridize.model.register",
     "distill": "hybridize.distillation.run",
     "export": "hybridize.model.export",
     "evaluate": "hybridize.evaluation.runner",

@@ -55,7 +55,7 @@ class MixerState(CacheLayerMixin):
         self.tensors = tensors
         self.seen_tokens = 0
         """Columns passed through so far, padding included."""
-        self._empty = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._empty = {name: tensor[:1].clone() for name, tensor in tensors.items()}
         self.is_initialized = True
 
     def __getitem__(self, name: str) -> Tensor:
@@ -92,7 +92,7 @@ class MixerState(CacheLayerMixin):
 
     def reset(self) -> None:
         batch = next(iter(self.tensors.values())).shape[0] if self.tensors else 0
-        self.tensors = {name: empty[:1].expand(batch, *empty.shape[1:]).clone() for name, empty in self._empty.items()}
+        self.tensors = {name: empty.expand(batch, *empty.shape[1:]).clone() for name, empty in self._empty.items()}
         self.seen_tokens = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -118,7 +118,7 @@ def export(
     atomic = AtomicFolder(out, overwrite=overwrite, kind="export", provenance=provenance)
     with atomic as folder, reporter.task("export", total=4) as task:
         task.advance(0, step="merging the adapters")
-        model = merged_model(parts).to(dtype)
+        model = cast_weights(merged_model(parts), dtype)
         task.advance(1, step="writing")
         adapter = family(model.config.model_type)
         save_model(
@@ -152,6 +152,14 @@ def merged_model(parts: RunParts) -> Any:
     with quiet_loading():
         wrapped = PeftModel.from_pretrained(model, str(parts.adapter), is_trainable=False)
         return wrapped.merge_and_unload(safe_merge=True).eval()
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """Rounds the parameters in place. Buffers stay as they are, as they do when a model is loaded in that type: rotary
+    frequencies rounded to bfloat16 would turn far positions by other angles."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def check_prompts(vocab_size: int) -> list[list[int]]:

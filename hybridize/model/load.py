@@ -18,9 +18,10 @@ from hybridize.checkpoint import (
     check_tensors,
     load_state,
     read_config,
+    require_usable_weights,
     resolve_source,
 )
-from hybridize.errors import CheckpointError, NumbersError
+from hybridize.errors import CheckpointError
 from hybridize.families import family, family_of_config
 from hybridize.families.base import FamilyAdapter
 from hybridize.model.modeling import hybrid_classes
@@ -61,6 +62,7 @@ def load_teacher(spec: str | Path | CheckpointSource, *, dtype: torch.dtype, off
 
     Raises:
         CheckpointError, FamilyError: damaged, incomplete, hostile or unsupported.
+        CheckpointError: bytes differ from the folder's manifest, or the weights are zero throughout.
         NumbersError: a weight is not finite.
     """
     source = as_source(spec, offline=offline)
@@ -69,25 +71,8 @@ def load_teacher(spec: str | Path | CheckpointSource, *, dtype: torch.dtype, off
     check_tensors(check_folder(source), adapter.tensor_shapes(geometry), optional=optional, where=source.spec)
     _, _, causal_lm = adapter.base_classes()
     model = _from_pretrained(causal_lm, source, dtype)
-    require_finite(model, source.spec)
+    require_usable_weights(source, model.named_parameters())
     return model
-
-
-def require_finite(model: Any, where: str) -> None:
-    """Refuses weights with NaN or Inf.
-
-    Raises:
-        NumbersError: names the tensors.
-    """
-    # The extremes tell: NaN spreads through them, and they need no second copy of the tensor.
-    extremes = {name: torch.stack(torch.aminmax(tensor.detach())) for name, tensor in model.named_parameters()}
-    bad = [name for name, pair in extremes.items() if not torch.isfinite(pair).all()]
-    if bad:
-        raise NumbersError(
-            f"{len(bad)} tensors hold NaN or Inf: {', '.join(bad[:8])}.",
-            where=where,
-            hint="The checkpoint is damaged; download it again.",
-        )
 
 
 def load_hybrid(folder: str | Path, *, dtype: torch.dtype, complete: bool = True) -> Any:
@@ -142,7 +127,10 @@ def load_tokenizer(spec: str | Path | CheckpointSource, *, offline: bool = False
     arguments = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, **arguments)
+            # Said outright: left open, transformers asks on the terminal whether to run a folder's code.
+            return AutoTokenizer.from_pretrained(
+                str(source.path), local_files_only=True, trust_remote_code=False, **arguments
+            )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(
             f"the tokenizer cannot be loaded: {error}",

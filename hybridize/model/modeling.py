@@ -191,11 +191,11 @@ def install_mixers(model: Any, adapter: FamilyAdapter, configs: Mapping[int, Mix
         mixer = cls.from_attention(adapter.view(attention, index, geometry), config)
         mixer.train(attention.training)
         if getattr(config, "scorer_sharing", None) == "model":
-            # One scorer for the whole model: later layers hold the first one's module.
+            # One scorer for the whole model: later layers hold the first one's module (controllers stay their own).
             if shared is None:
                 shared = mixer
             else:
-                mixer.hz_new = shared.new
+                mixer.new.scorer = shared.new.scorer
         adapter.replace(layers[index], mixer)
         replaced[index] = attention
     model.model.__class__ = hybrid_classes(adapter).model
