@@ -38,13 +38,14 @@ class CheckpointSource:
     size_bytes: int
 
 
-def resolve_source(spec: str | Path, *, offline: bool = False) -> CheckpointSource:
+def resolve_source(spec: str | Path, *, offline: bool = False, weights: bool = True) -> CheckpointSource:
     """Find the checkpoint that `spec` names; only the Hub form may use the network.
 
     Args:
         spec: a folder, a ``.gguf`` file, ``org/name@revision`` on the Hub, or ``package:NAME`` for the single GGUF
             file inside an installed Python package (which is not imported).
         offline: take Hub files from the local cache only.
+        weights: False downloads only the small files of a Hub repository; what is in the cache is there either way.
 
     Raises:
         CheckpointError: nothing usable is there; the message says what was tried.
@@ -63,7 +64,7 @@ def resolve_source(spec: str | Path, *, offline: bool = False) -> CheckpointSour
         return _from_file(path, text)
     hub = _HUB_ID.fullmatch(text)
     if hub and not text.endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES)):
-        return _from_hub(hub["name"], hub["revision"], text, offline)
+        return _from_hub(hub["name"], hub["revision"], text, offline, weights)
     raise CheckpointError(
         "There is no checkpoint of this name: it is no folder or file here, and not a Hub id (org/name@revision).",
         where=text,
@@ -106,11 +107,12 @@ def _from_package(spec: str) -> CheckpointSource:
     return _from_file(files[0], spec)
 
 
-def _from_hub(name: str, revision: str | None, spec: str, offline: bool) -> CheckpointSource:
+def _from_hub(name: str, revision: str | None, spec: str, offline: bool, weights: bool) -> CheckpointSource:
     from huggingface_hub import snapshot_download
 
+    patterns = [pattern for pattern in _HUB_FILES if weights or not pattern.endswith(".safetensors")]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the Hub client raises HTTP, OS and validation errors of many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         hint = (

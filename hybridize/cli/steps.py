@@ -114,11 +114,15 @@ def evaluate_step(
 
 
 def report_step(run: Path) -> list[Path]:
-    """RUN/report, made anew: it costs nothing."""
+    """RUN/report, made anew: it costs nothing. The results also go into the card of the export."""
+    from hybridize.model.card import update_card
     from hybridize.report.render import render
+    from hybridize.report.tables import markdown, summary
 
     metrics = run / "distill" / "metrics.jsonl"
     written: list[Path] = render(run / RESULTS, run / REPORT, metrics if metrics.is_file() else None)
+    if is_complete(run / EXPORT, "export"):
+        update_card(run / EXPORT, markdown(summary(json.loads((run / RESULTS).read_text(encoding="utf-8")))))
     return written
 
 

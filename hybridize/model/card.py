@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -118,3 +120,30 @@ def _layer_rows(plan: ConversionPlan) -> list[str]:
         f"| {', '.join(map(str, indices))} | `{name}` | {settings or 'the teacher’s own layer'} |"
         for (name, settings), indices in groups.items()
     ]
+
+
+def update_card(export: Path, metrics_table: str) -> None:
+    """Puts evaluation results into the card of an exported folder, and the card's new hash into its manifest.
+
+    Run again after an interruption, it heals what was left between the two files.
+    """
+    from hybridize.checkpoint import read_manifest, sha256_bytes, write_manifest
+    from hybridize.plan import ConversionPlan
+
+    manifest = read_manifest(export)
+    recipe = export / "recipe.yaml"
+    training = manifest.provenance.get("training") or {}
+    text = card(
+        ConversionPlan.load(export / "plan.json"),
+        recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        tokens=training.get("tokens"),
+        metrics={name: value for name, value in training.items() if name != "tokens"},
+        metrics_table=metrics_table,
+    )
+    recorded = manifest.files.get("README.md")
+    if recorded is not None and recorded.sha256 == sha256_bytes(text.encode()):
+        return
+    partial = export / "README.md.partial"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, export / "README.md")
+    write_manifest(export, manifest.kind, manifest.provenance)

@@ -114,6 +114,7 @@ def export(
         "fingerprint": plan.fingerprint,
         "converted": _hashes(parts.converted),
         "adapter": _hashes(parts.adapter) if parts.adapter else None,
+        "training": _training(parts),
     }
     atomic = AtomicFolder(out, overwrite=overwrite, kind="export", provenance=provenance)
     with atomic as folder, reporter.task("export", total=4) as task:
@@ -227,9 +228,16 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
 
 
 def _card(plan: ConversionPlan, parts: RunParts) -> str:
-    names = ("kl", "agreement", "loss")
-    metrics = {name: parts.last_metrics[name] for name in names if name in parts.last_metrics}
-    return card(plan, recipe_text=parts.recipe, tokens=parts.last_metrics.get("tokens"), metrics=metrics)
+    training = _training(parts)
+    tokens = training.pop("tokens", None)
+    return card(plan, recipe_text=parts.recipe, tokens=tokens, metrics=training)
+
+
+def _training(parts: RunParts) -> dict[str, Any]:
+    """What the card says of the training: tokens seen, and the last step's losses."""
+    return {
+        name: parts.last_metrics[name] for name in ("tokens", "kl", "agreement", "loss") if name in parts.last_metrics
+    }
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -33,12 +33,16 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
 
 
-def plan(recipe: Recipe, *, offline: bool = False, contexts: Sequence[int] = CONTEXTS) -> ConversionPlan:
+def plan(
+    recipe: Recipe, *, offline: bool = False, weights: bool = True, contexts: Sequence[int] = CONTEXTS
+) -> ConversionPlan:
     """Plans a conversion.
 
     Args:
         recipe: what the user wants.
         offline: take Hub files from the local cache only.
+        weights: False plans a Hub model from its config.json without downloading the weights, whose headers then
+            cannot be checked.
         contexts: context lengths, in tokens, for the state bytes.
 
     Raises:
@@ -46,7 +50,7 @@ def plan(recipe: Recipe, *, offline: bool = False, contexts: Sequence[int] = CON
         CheckpointError: the checkpoint is missing, damaged, or not what its config.json says.
         FamilyError: the model is not one that can be converted.
     """
-    source = resolve_source(recipe.model, offline=offline)
+    source = resolve_source(recipe.model, offline=offline, weights=weights)
     config = read_config(source)
     if "hybridize" in config or str(config["model_type"]).startswith("hybridize_"):
         raise FamilyError(

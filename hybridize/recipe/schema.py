@@ -191,6 +191,7 @@ class Stage:
         learning_rate: peak; warms up over `warmup_steps`, then cosine to `final_share` of it.
         projection_learning_rate: peak for projections trained in full and adapters; None: as `learning_rate`.
         passes: align only: optimiser steps on each captured batch of teacher inputs.
+        loss: None: KL for distill, cross entropy for adapt.
         sequence_tokens: None: that of `data`.
     """
 
@@ -207,8 +208,15 @@ class Stage:
     clip_norm: float = 1.0
     passes: int = 1
     sequence_tokens: int | None = None
-    loss: Loss = field(default_factory=Loss)
+    loss: Loss | None = None
     budget_ramp: Ramp | None = None
+
+    @property
+    def objective(self) -> Loss:
+        """`loss`, or what suits the kind."""
+        if self.loss is not None:
+            return self.loss
+        return Loss(kl=0.0, cross_entropy=1.0) if self.kind == "adapt" else Loss()
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_sequences", "accumulate", "passes"):

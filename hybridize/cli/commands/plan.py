@@ -41,7 +41,7 @@ def command(
     from hybridize.plan import CONTEXTS, plan
 
     recipe = read_recipe(recipe_name, changes, model, seed)
-    made = plan(recipe, offline=settings.offline, contexts=contexts or CONTEXTS)
+    made = plan(recipe, offline=settings.offline, weights=False, contexts=contexts or CONTEXTS)
     if out is not None:
         made.save(out)
     for warning in made.warnings:
