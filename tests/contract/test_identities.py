@@ -90,6 +90,4 @@ def test_nsa_below_its_dense_length_is_the_teacher(family):
     config = config_class("native_sparse_attention")(
         block_tokens=4, selected_blocks=3, window_tokens=5, dense_below=TOKENS
     )
-    torch.testing.assert_close(
-        logits(all_layers(family, config)), logits(tiny_teacher(family)), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(logits(all_layers(family, config)), logits(tiny_teacher(family)), rtol=1e-4, atol=1e-4)

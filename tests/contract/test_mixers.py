@@ -1,4 +1,4 @@
-"""What every mixer promises, on every family: the checks that a new mixer passes before anything else is asked of it."""
+"""What every mixer promises, on every family: what a new one passes before anything else is asked of it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def left_padded(tokens, padding):
     mask = torch.zeros(len(padding), width, dtype=torch.long)
     for row, pad in enumerate(padding):
         length = width - pad
-        out[row, pad:] = tokens[row, :length] if length <= tokens.shape[1] else torch.nn.functional.pad(
-            tokens[row], (0, length - tokens.shape[1]), value=5
+        out[row, pad:] = (
+            tokens[row, :length]
+            if length <= tokens.shape[1]
+            else torch.nn.functional.pad(tokens[row], (0, length - tokens.shape[1]), value=5)
         )
         mask[row, pad:] = 1
     return out, mask
@@ -123,9 +125,7 @@ def test_a_conversation_continues_from_its_cache(mixer, family):
     model, tokens = tiny_hybrid(mixer, family), tiny_tokens(1, TOKENS)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     first = tokens[:, :17]
-    turn = model.generate(
-        first, attention_mask=torch.ones_like(first), return_dict_in_generate=True, **options
-    )
+    turn = model.generate(first, attention_mask=torch.ones_like(first), return_dict_in_generate=True, **options)
     history = torch.cat([turn.sequences, tokens[:, 17:25]], dim=1)
     mask = torch.ones_like(history)
     continued = model.generate(history, attention_mask=mask, past_key_values=turn.past_key_values, **options)
@@ -222,7 +222,7 @@ def test_what_cannot_work_is_refused(mixer):
     model, tokens = tiny_hybrid(mixer, "llama"), tiny_tokens(1, 12)
     with pytest.raises(UsageError, match="static cache"):
         model.generate(tokens, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
-    with pytest.raises(ValueError, match="stateful|assisted|prompt_lookup"):
+    with pytest.raises(ValueError, match=r"stateful|assisted|prompt_lookup"):
         model.generate(tokens, max_new_tokens=3, prompt_lookup_num_tokens=2, pad_token_id=0)
     with pytest.raises(UsageError, match="2-D attention mask"):
         model(tokens, attention_mask=torch.ones(1, 1, 12, 12))

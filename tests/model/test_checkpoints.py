@@ -170,9 +170,7 @@ def test_an_unfinished_run_is_not_exported(project, tmp_path):
 def test_one_scorer_for_the_whole_model_is_one_module(family, tmp_path):
     from hybridize.model.convert import save_model
 
-    config = config_class("token_eviction")(
-        window_tokens=14, sink_tokens=1, budget_tokens=6, scorer_sharing="model"
-    )
+    config = config_class("token_eviction")(window_tokens=14, sink_tokens=1, budget_tokens=6, scorer_sharing="model")
     hybrid = swap(tiny_teacher(family), [config] * 4)
     scorers = {id(mixer.new.scorer) for _, mixer in mixers(hybrid)}
     controllers = {id(mixer.new.controller) for _, mixer in mixers(hybrid)}
