@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     copy = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    for name in ("hybridize", "kernels"):
+    for name in ("hybridize", "kernels", "recipes"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools import build_meta; build_meta.build_wheel('out')"
     result = subprocess.run(
@@ -53,7 +53,10 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 
 def test_wheel_holds_both_packages_and_nothing_beside_them(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hybridize", "hybridize_kernels"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name and ".data/" not in name} == {
+        "hybridize",
+        "hybridize_kernels",
+    }
     for package, folder in (
         ("hybridize", ROOT / "hybridize"),
         ("hybridize_kernels", ROOT / "kernels/hybridize_kernels"),
