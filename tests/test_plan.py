@@ -114,7 +114,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "hybridize-plan", "version": 1}'])
 def test_damaged_plan_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(RecipeError):
+    with pytest.raises(CheckpointError):
         ConversionPlan.load(tmp_path / "plan.json")
 
 

@@ -12,7 +12,7 @@ from hybridize.checkpoint.reader import (
     read_config,
     tensor_headers,
 )
-from hybridize.checkpoint.resources import require_free_disk, resource_errors
+from hybridize.checkpoint.resources import require_free_disk, require_memory, resource_errors
 from hybridize.checkpoint.safetensors_header import TensorHeader
 from hybridize.checkpoint.safetensors_writer import save_tensors
 from hybridize.checkpoint.source import CheckpointSource, resolve_source
@@ -43,6 +43,7 @@ __all__ = [
     "read_config",
     "read_manifest",
     "require_free_disk",
+    "require_memory",
     "require_usable_weights",
     "resolve_source",
     "resource_errors",

@@ -59,6 +59,36 @@ def require_free_disk(path: str | Path, need_bytes: int) -> None:
         raise ResourceError(what, where=str(folder), hint="Free some space, or write to another disk with --out.")
 
 
+def require_memory(need_bytes: int) -> None:
+    """Refuse to begin what takes more memory than there is; other programs' share is not guessed at.
+
+    Raises:
+        ResourceError: says what is needed and what there is.
+    """
+    limit = memory_limit_bytes()
+    if limit is not None and need_bytes > limit:
+        what = f"This needs {need_bytes / 2**30:,.2f} GiB of memory and there are {limit / 2**30:,.2f} GiB with swap."
+        hint = "Use a machine with more memory, add swap, or store the result in a smaller type (dtype: bfloat16)."
+        raise ResourceError(what, where="memory", hint=hint)
+
+
+def memory_limit_bytes() -> int | None:
+    """Memory and swap of this machine, or of the container if that is less; None where nobody says (not Linux)."""
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        limits.append(sizes["MemTotal"] + sizes.get("SwapTotal", 0))
+    except (OSError, ValueError, LookupError):
+        pass
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(file).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+    return min(limits, default=None)
+
+
 def sync_file(path: Path) -> None:
     """Make a file, or a folder's list of names, durable. File systems that cannot sync folders are left alone."""
     descriptor = os.open(path, os.O_RDONLY)

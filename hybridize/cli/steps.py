@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint import FolderLock, read_manifest
-from hybridize.errors import CheckpointError, UsageError
+from hybridize.checkpoint import FolderLock, read_manifest, require_memory
+from hybridize.errors import CheckpointError, HybridizeError, UsageError
 from hybridize.plan import ConversionPlan
 from hybridize.progress import Reporter
+from hybridize.recipe.documents import local_files
 from hybridize.recipe.lock import FILE as LOCK_FILE
 from hybridize.recipe.lock import Lock, require_same
 from hybridize.recipe.schema import Recipe
@@ -29,7 +31,7 @@ def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool
 
     Raises:
         UsageError: the folder holds something else.
-        RecipeError: it was started from another recipe or teacher.
+        RecipeError: it was started from another recipe or teacher, or a text file is missing.
     """
     if run.is_symlink() or (run.exists() and not run.is_dir()):
         raise UsageError("The output is not a folder.", where=str(run), hint="Choose another --out.")
@@ -38,6 +40,9 @@ def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool
         raise UsageError(
             "The output folder is not empty and holds no run.", where=str(run), hint="Choose another --out."
         )
+    if recipe.data is not None and not occupied:
+        for source in (*recipe.data.train, *recipe.data.held_out):
+            local_files(source, recipe.origin.base if recipe.origin else Path())
     if occupied and overwrite:
         _clear(run)
     lock = require_same(run, recipe, plan.fingerprint)
@@ -46,6 +51,22 @@ def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool
     text = json.dumps(plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
     _write(run / "plan.json", text.encode() + b"\n")
     return lock
+
+
+@contextmanager
+def new_run_or_none(run: Path) -> Iterator[None]:
+    """If the block makes a run folder and then fails before the conversion is complete, the folder goes again."""
+    existed = run.exists()
+    is_new = not (run / LOCK_FILE).exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and (run / LOCK_FILE).exists() and not is_complete(run / CONVERTED, "converted"):
+            with suppress(HybridizeError, OSError):  # why it failed matters more
+                _clear(run)
+                if not existed:
+                    run.rmdir()
+        raise
 
 
 def is_complete(folder: Path, kind: str) -> bool:
@@ -62,6 +83,7 @@ def convert_step(plan: ConversionPlan, run: Path, *, offline: bool, reporter: Re
     if is_complete(folder, "converted"):
         reporter.note(f"{folder}: converted already")
         return folder
+    require_memory(plan.bill.convert_memory_bytes)
     from hybridize.model.convert import convert
 
     # What stands there without a manifest was never whole.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hybridize.errors import RecipeError
+from hybridize.errors import CheckpointError, RecipeError
 from hybridize.families import AttentionGeometry
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
@@ -16,6 +16,7 @@ from hybridize.mixers.registry import config_from_dict
 from hybridize.plan.bill import Bill
 
 VERSION = 1
+_AGAIN = "`hybridize convert` writes one beside the model; `hybridize plan --out FILE` writes one alone."
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -79,11 +80,10 @@ class ConversionPlan:
         """Reads what `to_json` gives.
 
         Raises:
-            RecipeError: it is not a plan, or one of another version.
+            CheckpointError: it is not a plan, or one of another version.
         """
-        hint = "Make it again with `hybridize plan`."
         if values.get("format") != "hybridize-plan" or values.get("version") != VERSION:
-            raise RecipeError("is not a plan of this version of hybridize.", where="plan.json", hint=hint)
+            raise CheckpointError("is not a plan of this version of hybridize.", where="plan.json", hint=_AGAIN)
         try:
             geometry = dict(values["geometry"])
             geometry["projection_bias"] = tuple(geometry["projection_bias"])
@@ -96,8 +96,8 @@ class ConversionPlan:
                 bill=Bill.from_json(values["bill"]),
                 warnings=tuple(values["warnings"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"is damaged ({error!r}).", where="plan.json", hint=hint) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+            raise CheckpointError(f"is damaged ({error!r}).", where="plan.json", hint=_AGAIN) from error
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""
@@ -109,14 +109,12 @@ class ConversionPlan:
         """Reads a plan file.
 
         Raises:
-            RecipeError: it is missing or is not a plan.
+            CheckpointError: it is missing or is not a plan.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"cannot be read ({error}).", where=str(path), hint="Make it with `hybridize plan`."
-            ) from error
+            raise CheckpointError(f"cannot be read ({error}).", where=str(path), hint=_AGAIN) from error
         if not isinstance(values, dict):
-            raise RecipeError("is not a plan.", where=str(path), hint="Make it with `hybridize plan`.")
+            raise CheckpointError("is not a plan.", where=str(path), hint=_AGAIN)
         return cls.from_json(values)

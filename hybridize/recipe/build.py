@@ -17,6 +17,7 @@ Shorthand = Callable[[Node], Node]
 
 _BAD: Any = object()
 """Stands for a value that has been complained about."""
+CHECK_HINT = "Correct the recipe; `hybridize plan` checks it within seconds."
 _MAX_INT = 2**63
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -202,11 +203,12 @@ def _sentence(error: RecipeError) -> str:
     return f"{error.what} {error.hint}".strip()
 
 
-def raise_problems(problems: list[str], *, where: str, hint: str = "") -> None:
-    """Raises one RecipeError for all `problems`; nothing if there are none."""
+def raise_problems(problems: list[str], *, where: str, hint: str = CHECK_HINT) -> None:
+    """Raises one RecipeError for all `problems`, each "place: key: what"; nothing if there are none."""
     if not problems:
         return
     if len(problems) == 1:
-        raise RecipeError(problems[0], hint=hint, problems=tuple(problems))
+        place, _, what = problems[0].partition(": ")
+        raise RecipeError(what, where=place, hint=hint, problems=tuple(problems))
     listed = "".join(f"\n  {problem}" for problem in problems)
     raise RecipeError(f"{len(problems)} problems:{listed}", where=where, hint=hint, problems=tuple(problems))

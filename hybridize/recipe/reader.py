@@ -32,7 +32,8 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = (), mixer_config
     root = parse(read_text(path), str(path))
     if root is None:
         raise RecipeError("is empty.", where=str(path), hint="`hybridize recipes copy` gives one to start from.")
-    apply_overrides(root, overrides)
+    if isinstance(root.value, dict):  # else the file is what to complain about, not what would change in it
+        apply_overrides(root, overrides)
     return _recipe(root, Origin(path=path, overrides=tuple(overrides)), mixer_configs)
 
 

@@ -39,7 +39,7 @@ def command(
     Converts first if that has not been done. Ctrl-C and SIGTERM save the state; the same command goes on.
     """
     from hybridize.cli.plan_view import plan_parts
-    from hybridize.cli.steps import convert_step, distill_step, open_run
+    from hybridize.cli.steps import convert_step, distill_step, new_run_or_none, open_run
     from hybridize.errors import RecipeError, UsageError
     from hybridize.plan import plan
     from hybridize.recipe.lock import read_lock
@@ -58,9 +58,10 @@ def command(
         return
     if resume and read_lock(out) is None:
         raise UsageError("there is no run to go on with.", where=str(out), hint="Leave --resume out to start one.")
-    open_run(out, recipe, made, overwrite=overwrite)
     reporter = settings.output.reporter()
-    convert_step(made, out, offline=settings.offline, reporter=reporter)
+    with new_run_or_none(out):
+        open_run(out, recipe, made, overwrite=overwrite)
+        convert_step(made, out, offline=settings.offline, reporter=reporter)
     adapter = distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
     values = {"dry_run": False, "run": str(out), "adapter": str(adapter)}
     settings.output.result("distill", values, [f"{adapter}: trained; next: hybridize export {out} --out DIR"])

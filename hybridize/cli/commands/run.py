@@ -46,9 +46,10 @@ def command(
     if dry_run:
         output.result("run", {"dry_run": True, "plan": made.to_json()}, plan_parts(made))
         return
-    lock = steps.open_run(out, recipe, made, overwrite=overwrite)
     reporter = output.reporter()
-    final = steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
+    with steps.new_run_or_none(out):
+        lock = steps.open_run(out, recipe, made, overwrite=overwrite)
+        final = steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
     if recipe.distill is not None and recipe.data is not None:
         steps.distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
         final = steps.export_step(recipe, out, reporter=reporter)
