@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ from hybridize.distillation.data import Batch
 from hybridize.distillation.lora import Group, Student
 from hybridize.distillation.losses import Head, distillation_terms, relative_error
 from hybridize.distillation.teacher import AttentionTrace, Teacher
+from hybridize.mixers.base import Mixer
 from hybridize.recipe.schema import Stage
 
 Measured = dict[str, Tensor]
-"""Named scalars without gradient. `layer_<i>` is the relative error of layer i and "error" their mean; "loss" is
+"""Named scalars without gradient. `layer_<i>` is the relative error of layer i and "error" the mean of all; "loss" is
 what was minimised."""
 
 
@@ -27,18 +29,40 @@ class Step(Protocol):
     def prepare(self, batch: Batch) -> Any:
         """What the teacher says about a micro-batch; it may be used for several optimiser steps."""
 
-    def backward(self, prepared: Any, share: float) -> Measured:
-        """Adds `share` times the gradient of the loss to the parameters."""
+    def backward(self, prepared: Any, share: float, *, measure: bool) -> Measured:
+        """Adds `share` times the gradient of the loss to the parameters; measures what it can do without if told to."""
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradient norms are clipped together."""
 
 
-class Align:
-    """Every mixer maps its teacher layer's own input to that layer's output; no gradient goes between layers.
+@runtime_checkable
+class TargetLearner(Protocol):
+    """A mixer whose new parameters can learn from the teacher's projections alone, which are frozen in align."""
 
-    The loss of a layer is ||mixer(x) - attention(x)||² / ||attention(x)||², to which the mixer adds its own terms; the
-    layers' losses are summed, and each layer's graph is freed before the next one is built.
+    auxiliary: dict[str, Tensor]
+
+    def align_targets(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Any:
+        """What a batch teaches; it does not change as the mixer learns."""
+
+    def align_loss(self, targets: Any) -> Tensor:
+        """A scalar; sets `auxiliary` as a forward pass does."""
+
+
+@dataclass
+class Captured:
+    """A layer's trace, and its mixer's targets once they are known."""
+
+    trace: AttentionTrace
+    targets: Any = None
+
+
+class Align:
+    """Every mixer learns from its teacher layer alone; no gradient goes between layers.
+
+    The loss of a layer is ||mixer(x) - attention(x)||² / ||attention(x)||² or, where the mixer has one, its own loss
+    from the teacher's projections; the error of the output is then only measured. To it comes what the mixer adds.
+    Each layer's graph is freed before the next one is built.
     """
 
     groups: tuple[Group, ...] = ("mixers", "projections")
@@ -49,26 +73,56 @@ class Align:
             (index, mixer) for index, mixer in student.mixers if any(p.requires_grad for p in mixer.parameters())
         )
 
-    def prepare(self, batch: Batch) -> dict[int, AttentionTrace]:
-        return self.teacher.trace(batch.tokens, [index for index, _ in self.mixers])
+    def prepare(self, batch: Batch) -> dict[int, Captured]:
+        traces = self.teacher.trace(batch.tokens, [index for index, _ in self.mixers])
+        return {index: Captured(trace) for index, trace in traces.items()}
 
-    def backward(self, prepared: dict[int, AttentionTrace], share: float) -> Measured:
+    def backward(self, prepared: dict[int, Captured], share: float, *, measure: bool) -> Measured:
         measured: Measured = {}
+        auxiliary: dict[str, list[Tensor]] = {}
         total = torch.zeros((), device=next(self.student.model.parameters()).device)
         for index, mixer in self.mixers:
-            trace = prepared[index]
-            with self.autocast:
-                out, _ = mixer(trace.hidden_states, position_embeddings=trace.position_embeddings)
-            error = relative_error(out, trace.output)
-            loss = error + self.stage.loss.auxiliary * _sum(mixer.auxiliary, error)
+            captured = prepared[index]
+            loss, named = self._loss(mixer, captured)
+            if isinstance(mixer, TargetLearner):
+                if measure:
+                    measured[f"layer_{index}"] = self._error_in_use(mixer, captured.trace)
+            else:
+                measured[f"layer_{index}"] = loss.detach()
+            loss = loss + self.stage.objective.auxiliary * _sum(mixer.auxiliary, loss)
             if loss.requires_grad:
                 torch.autograd.backward(loss * share)
-            measured[f"layer_{index}"] = error.detach()
-            for name, value in mixer.auxiliary.items():
-                measured[name] = measured.get(name, 0.0) + value.detach().float()
+            for name, value in (named | mixer.auxiliary).items():
+                auxiliary.setdefault(name, []).append(value.detach().float())
             total = total + loss.detach()
         errors = [value for name, value in measured.items() if name.startswith("layer_")]
-        return {"loss": total, "error": torch.stack(errors).mean(), **measured}
+        if len(errors) == len(self.mixers):
+            measured["error"] = torch.stack(errors).mean()
+        return {"loss": total, **measured, **_means(auxiliary)}
+
+    def _loss(self, mixer: Mixer, captured: Captured) -> tuple[Tensor, Measured]:
+        """What a layer minimises beside its auxiliary losses, and the name of it where it is not the error."""
+        trace = captured.trace
+        with self.autocast:
+            if not isinstance(mixer, TargetLearner):
+                out, _ = mixer(trace.hidden_states, position_embeddings=trace.position_embeddings)
+                return relative_error(out, trace.output), {}
+            targets = captured.targets
+            if targets is None:
+                targets = mixer.align_targets(trace.hidden_states, trace.position_embeddings)
+                if self.stage.passes > 1:
+                    captured.targets = targets
+            loss = mixer.align_loss(targets)
+        return loss, {"retention_target": loss}
+
+    @torch.no_grad()
+    def _error_in_use(self, mixer: Mixer, trace: AttentionTrace) -> Tensor:
+        """The relative error of the output as in inference, at the final settings."""
+        mixer.eval()
+        with self.autocast:
+            out, _ = mixer(trace.hidden_states, position_embeddings=trace.position_embeddings)
+        mixer.train()
+        return relative_error(out, trace.output)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """One a mixer, since the layers do not know of each other; what mixers share is clipped with the first."""
@@ -92,7 +146,7 @@ class Distil:
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.tokens, self.teacher.last_hidden(batch.tokens)
 
-    def backward(self, prepared: tuple[Tensor, Tensor], share: float) -> Measured:
+    def backward(self, prepared: tuple[Tensor, Tensor], share: float, *, measure: bool) -> Measured:
         tokens, teacher_hidden = prepared
         model = self.student.model
         with self.autocast:
@@ -100,12 +154,13 @@ class Distil:
         student = Head(hidden, model.lm_head.weight, model.lm_head.bias)
         head = self.teacher.model.lm_head
         teacher = Head(teacher_hidden, head.weight, head.bias)
-        loss, measured = distillation_terms(self.stage.loss, student, teacher, tokens)
-        auxiliary: Measured = {}
+        loss, measured = distillation_terms(self.stage.objective, student, teacher, tokens)
+        found: dict[str, list[Tensor]] = {}
         for _, mixer in self.student.mixers:
             for name, value in mixer.auxiliary.items():
-                auxiliary[name] = auxiliary.get(name, 0.0) + value.float()
-        loss = loss + self.stage.loss.auxiliary * _sum(auxiliary, loss)
+                found.setdefault(name, []).append(value.float())
+        auxiliary = _means(found)
+        loss = loss + self.stage.objective.auxiliary * _sum(auxiliary, loss)
         torch.autograd.backward(loss * share)
         return {"loss": loss.detach(), **measured, **{name: value.detach() for name, value in auxiliary.items()}}
 
@@ -114,14 +169,16 @@ class Distil:
 
 
 def make_step(stage: Stage, student: Student, teacher: Teacher, autocast: torch.autocast) -> Step:
-    """The step of a stage, with its parameters unfrozen and the mixers told what they learn from."""
+    """The step of a stage, with its parameters unfrozen."""
     kind = Align if stage.kind == "align" else Distil
     student.train_only(kind.groups)
-    for _, mixer in student.mixers:
-        if hasattr(mixer, "align_targets"):
-            setattr(mixer, "align_targets", stage.kind == "align")  # noqa: B010 - not every mixer declares it
     return kind(stage, student, teacher, autocast)
 
 
 def _sum(auxiliary: dict[str, Tensor], like: Tensor) -> Tensor:
     return torch.stack([value.float() for value in auxiliary.values()]).sum() if auxiliary else torch.zeros_like(like)
+
+
+def _means(values: dict[str, list[Tensor]]) -> Measured:
+    """The mean over the layers of each loss."""
+    return {name: torch.stack(of_layers).mean() for name, of_layers in values.items()}

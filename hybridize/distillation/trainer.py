@@ -33,6 +33,8 @@ from hybridize.progress import Reporter, Task
 from hybridize.recipe.schema import Data, Distill, Stage
 
 BETAS = (0.9, 0.95)
+MEASURE_EVERY_STEPS = 10
+"""Measurements that cost time are taken this often, in steps that are logged."""
 
 
 @dataclass
@@ -125,13 +127,14 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         summed: dict[str, Tensor] = {}
         reused = stage.kind == "align" and stage.passes > 1
+        measure = self._measures(stage, stage_step)
         for number, micro in enumerate(micros):
             if number:
                 fault_point("mid-accumulation")
             prepared = step.prepare(micro.batch) if micro.prepared is None else micro.prepared
             if reused:
                 micro.prepared = prepared
-            for name, value in step.backward(prepared, 1 / len(micros)).items():
+            for name, value in step.backward(prepared, 1 / len(micros), measure=measure).items():
                 summed[name] = summed.get(name, 0.0) + value / len(micros)
         measured = {name: float(value) for name, value in summed.items()}
         self._require_finite_losses(measured, stage, micros)
@@ -140,6 +143,11 @@ class Trainer:
         for _, mixer in self.student.mixers:
             mixer.after_step()
         return measured | {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+
+    def _measures(self, stage: Stage, stage_step: int) -> bool:
+        log_every = self.distill.log_every_steps
+        every = log_every * math.ceil(MEASURE_EVERY_STEPS / log_every)
+        return stage_step == 0 or stage_step + 1 == stage.steps or (self.progress.step + 1) % every == 0
 
     def _next_batch(self, stage: Stage) -> Batch:
         tokens = stage.sequence_tokens or self.data.sequence_tokens

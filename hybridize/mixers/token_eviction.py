@@ -12,6 +12,7 @@ its right context is there, from the last 2 m tokens kept before RoPE, instead o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,22 @@ class RetentionParts(nn.Module):
         self.controller = BudgetController(config, geometry.num_key_heads)
 
 
+@dataclass(frozen=True)
+class RetentionTargets:
+    """What a batch teaches the scorer; it stays the same while the projections are frozen.
+
+    Attributes:
+        scored: [B, T, H, 2 D], what the scorer reads. positions: [B, T].
+        future: [B, T, H], see `future_attention`; -inf where the score is incomplete.
+        complete: [B, T] bool.
+    """
+
+    scored: Tensor
+    positions: Tensor
+    future: Tensor
+    complete: Tensor
+
+
 class TokenEviction(Mixer):
     """Softmax attention over a window and at most `budget_tokens` retained older tokens per key head.
 
@@ -65,8 +82,6 @@ class TokenEviction(Mixer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.align_targets = False
-        """Set by the align stage: adds the loss `retention_target`, which needs queries and keys of the teacher."""
         self._budget_tokens: int = self.config.budget_tokens
 
     def build_new(self) -> nn.Module:
@@ -109,8 +124,7 @@ class TokenEviction(Mixer):
 
         logit = self._logits(scored, positions) if self.training else self._logits_in_any_padding(scored, positions)
         score = self._score(logit)
-        # The last m tokens of a row lack right context; they are inside every window and need no score.
-        complete = (positions >= 0) & (positions <= positions.amax(1, keepdim=True) - self.config.margin_tokens)
+        complete = self._complete(positions)
         decided = torch.where(complete[..., None], _on_grid(score), 0.0)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
         out = self._attend(
@@ -124,15 +138,38 @@ class TokenEviction(Mixer):
         )
         if not self.training:
             return out, {}
-        auxiliary = {"eviction_budget": self._budget_loss(score, complete)}
-        if self.align_targets:
-            future = future_attention(
-                q, k, window=self.config.window_tokens, positions=positions, scale=self.scale
-            ).masked_fill(~complete[..., None], -torch.inf)
-            auxiliary["retention_target"] = retention_target_loss(
-                logit, future, positions, sinks=self.config.sink_tokens
-            )
-        return out, auxiliary
+        return out, {"eviction_budget": self._budget_loss(score, complete)}
+
+    # Learning from the teacher's queries and keys alone.
+
+    @torch.no_grad()
+    def align_targets(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> RetentionTargets:
+        """What a batch [B, T, hidden_size] without padding teaches, from projections that are the teacher's."""
+        batch, num_tokens, _ = hidden_states.shape
+        q, k, v = (
+            project(hidden_states).view(batch, num_tokens, -1, self.geometry.head_size)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        positions = torch.arange(num_tokens, device=q.device).expand(batch, -1)
+        complete = self._complete(positions)
+        rope = Rope(*position_embeddings)
+        future = future_attention(
+            rope(q), rope(k), window=self.config.window_tokens, positions=positions, scale=self.scale
+        )
+        future = future.masked_fill(~complete[..., None], -torch.inf)
+        return RetentionTargets(torch.cat((k, v), dim=-1), positions, future, complete)
+
+    def align_loss(self, targets: RetentionTargets) -> Tensor:
+        """The scorer's regression loss, a scalar; sets `auxiliary` as a forward pass does.
+
+        The error of the output is left out: beside this loss its gradient changed neither which tokens are retained
+        nor the error that remains, and it costs a pass through the attention, forward and back.
+        """
+        logit = self._logits(targets.scored, targets.positions)
+        self.auxiliary = {"eviction_budget": self._budget_loss(self._score(logit), targets.complete)}
+        return retention_target_loss(logit, targets.future, targets.positions, sinks=self.config.sink_tokens)
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         heads, head_size = self.geometry.num_key_heads, self.geometry.head_size
@@ -162,6 +199,11 @@ class TokenEviction(Mixer):
         """The same where padding lies between real tokens, as in a batch of conversations padded turn by turn."""
         order = real_tokens_last(positions)
         return take(self._logits(take(scored, order), take(positions, order)), order.argsort(dim=1))
+
+    def _complete(self, positions: Tensor) -> Tensor:
+        """[B, T] bool: the last m tokens of a row lack right context; they are inside every window, without a score."""
+        complete: Tensor = (positions >= 0) & (positions <= positions.amax(1, keepdim=True) - self.config.margin_tokens)
+        return complete
 
     def _score(self, logit: Tensor) -> Tensor:
         return torch.sigmoid(logit) - 0.5 if self.config.score == "sigmoid" else torch.relu(logit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUERY_CHUNK = 256
+QUERY_CHUNK = 128
 HEADROOM = 2.0
 """Standard deviations by which a token of average worth lies above the threshold of being kept."""
 
@@ -28,21 +28,23 @@ def future_attention(
         [B, T, H] float32; -inf where no query is that far.
     """
     batch, num_tokens, num_heads, _ = k.shape
-    grouped = q.unflatten(2, (num_heads, -1)).float() * scale  # [B, T, H, G, D]
-    keys = k.float()
-    key_position = positions[:, None, None, None, :]
+    grouped = (q.float() * scale).unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
+    keys = k.float().permute(0, 2, 3, 1)  # [B, H, D, T]
     best = torch.full((batch, num_heads, num_tokens), -torch.inf, device=q.device)
     # A token's position is at most its column, so queries of the first `window` columns are near to everything.
     for start in range(min(window, num_tokens), num_tokens, chunk):
         stop = min(start + chunk, num_tokens)
+        num_far = stop - window  # columns that some query of the chunk may be far from
         with torch.autocast(q.device.type, enabled=False):
-            logits = torch.einsum("bthgd,bshd->bhgts", grouped[:, start:stop], keys)
+            logits = grouped[:, :, :, start:stop].flatten(2, 3) @ keys[..., :stop]
+        logits = logits.unflatten(2, (-1, stop - start))  # [B, H, G, t, s]
         query_position = positions[:, None, None, start:stop, None]
+        key_position = positions[:, None, None, None, :stop]
         causal = (key_position >= 0) & (key_position <= query_position)
-        logits = logits.masked_fill(~causal, -torch.inf)
-        log_probability = logits - logits.logsumexp(-1, keepdim=True)
-        far = causal & (query_position - key_position >= window)
-        best = torch.maximum(best, log_probability.masked_fill(~far, -torch.inf).amax((2, 3)))
+        far = (causal & (query_position - key_position >= window))[..., :num_far]
+        log_sum = logits.masked_fill_(~causal, -torch.inf).logsumexp(-1, keepdim=True)
+        log_probability = logits[..., :num_far].sub_(log_sum).masked_fill_(~far, -torch.inf)
+        best[..., :num_far] = torch.maximum(best[..., :num_far], log_probability.amax((2, 3)))
     return best.transpose(1, 2)
 
 
