@@ -117,7 +117,7 @@ I_FILES = [
     bad_header("I-unknown-dtype", lambda entries: entries[NORM].update(dtype="F33"), NORM, "F33"),
     bad_file("I-lfs-pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     bad_file("I-html-page", b"<!DOCTYPE html><html><body>403</body></html>", "HTML"),
-    bad_bytes("I-zeroed-body", zeroed, "zero")._replace(command=("verify", "{in}/teacher"), says=("teacher", "zero")),
+    Case("I-zeroed-body", change(f"teacher/{FILE}", zeroed), TEACHER, 4, ("teacher", "matrices are zero")),
     Case("I-dtype-relabelled", as_half("F16"), TEACHER, 4, (FILE, "bfloat16", "F16")),
     Case("I-missing-shard", remove(f"sharded/{SHARDS[1]}"), SHARDED, 4, (SHARDS[1], "missing")),
     Case(
