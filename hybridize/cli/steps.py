@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint import FolderLock, read_manifest, require_memory
+from hybridize.checkpoint import FolderLock, read_manifest
 from hybridize.errors import CheckpointError, HybridizeError, UsageError
 from hybridize.plan import ConversionPlan
 from hybridize.progress import Reporter
@@ -83,7 +83,6 @@ def convert_step(plan: ConversionPlan, run: Path, *, offline: bool, reporter: Re
     if is_complete(folder, "converted"):
         reporter.note(f"{folder}: converted already")
         return folder
-    require_memory(plan.bill.convert_memory_bytes)
     from hybridize.model.convert import convert
 
     # What stands there without a manifest was never whole.

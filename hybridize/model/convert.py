@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybridize.checkpoint import AtomicFolder, require_free_disk, resolve_source, save_tensors
+from hybridize.checkpoint import AtomicFolder, require_free_disk, require_memory, resolve_source, save_tensors
 from hybridize.model.load import load_teacher, load_tokenizer
 from hybridize.model.swap import swap
 from hybridize.progress import SILENT, Reporter
@@ -41,6 +41,7 @@ def convert(
         ResourceError, UsageError: the folder cannot be written.
     """
     source = resolve_source(plan.model, offline=offline)
+    require_memory(plan.bill.convert_memory_bytes)
     require_free_disk(Path(out).absolute().parent, plan.bill.disk_bytes)
     provenance = {"teacher": plan.model, "revision": plan.revision, "fingerprint": plan.fingerprint}
     atomic = AtomicFolder(out, overwrite=overwrite, kind="converted", provenance=provenance)
@@ -55,7 +56,7 @@ def convert(
         del model
         gc.collect()
         task.advance(1, step="writing the tokenizer")
-        load_tokenizer(source).save_pretrained(str(folder))
+        save_tokenizer(load_tokenizer(source), folder)
         plan.save(folder / "plan.json")
         task.advance(1)
     for note in atomic.notes:
@@ -83,6 +84,16 @@ def save_model(
     write_json(folder / "config.json", config)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(str(folder))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the tokenizer's files, without what only says how it was loaded here."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(key, None)
+    write_json(path, settings)
 
 
 def write_json(path: Path, value: Any) -> None:

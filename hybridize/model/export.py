@@ -17,7 +17,7 @@ from hybridize.families import family
 from hybridize.model import elsewhere
 from hybridize.model.bundle import auto_map, bundle
 from hybridize.model.card import card
-from hybridize.model.convert import save_model
+from hybridize.model.convert import save_model, save_tokenizer
 from hybridize.model.load import load_hybrid, load_tokenizer, quiet_loading
 from hybridize.progress import SILENT, Reporter
 from hybridize.recipe.schema import Export
@@ -127,7 +127,7 @@ def export(
         )
         for name, text in bundle(adapter, [config.name for config in plan.layers]).items():
             (folder / name).write_text(text, encoding="utf-8")
-        load_tokenizer(parts.converted).save_pretrained(str(folder))
+        save_tokenizer(load_tokenizer(parts.converted), folder)
         plan.save(folder / "plan.json")
         if parts.recipe is not None:
             (folder / "recipe.yaml").write_text(parts.recipe, encoding="utf-8")

