@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+CPU_LOGITS = 1 << 22
+"""Logits of a chunk on a CPU: few enough to stay in its caches and in memory that is handed out again at once."""
+
 
 def distillation_loss(
     student_hidden: Tensor,
@@ -64,6 +67,8 @@ class _Divergence(torch.autograd.Function):
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         tokens = max(1, hidden.shape[0])
         loss, agreement = hidden.new_zeros((), dtype=dtype), hidden.new_zeros((), dtype=dtype)
+        if hidden.device.type == "cpu":
+            chunk_tokens = min(chunk_tokens, max(1, CPU_LOGITS // max(1, head.shape[0])))
         want_hidden, want_head, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_head = torch.zeros_like(head, dtype=dtype) if want_head else None

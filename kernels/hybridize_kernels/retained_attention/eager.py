@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 QUERY_CHUNK = 512
+CPU_QUERY_CHUNK = 192
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -48,27 +49,54 @@ def retained_attention(
     # One row of attention a key head, so that a mask broadcasts over the query heads of its group.
     group = query_heads // heads
     q = q.reshape(batch, time, heads, group, head_size).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
+    chunk = min(CPU_QUERY_CHUNK, QUERY_CHUNK) if q.device.type == "cpu" else QUERY_CHUNK
     outputs = []
-    for start in range(0, max(time, 1), QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, time)
-        query = query_positions[:, None, start:stop, None]  # [B, 1, t, 1]
-        mask = (positions >= 0)[:, :, None, :] & (positions[:, :, None, :] <= query)  # [B, 1 | H, t, S]
+    # split, not indexing: the gradient of N slices of one tensor would be N tensors of its full size.
+    for rows, query in zip(q.split(chunk, dim=3), query_positions.split(chunk, dim=1), strict=True):
+        index = _seen(query, positions, evicted, window) if q.device.type == "cpu" else None
+        if index is None:
+            position, until = positions, evicted
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
+        else:
+            position, until = positions.expand(evicted.shape).gather(-1, index), evicted.gather(-1, index)
+            keys, values = _rows(k, index), _rows(v, index)
+        query = query[:, None, :, None]  # [B, 1, t, 1]
+        mask = (position >= 0)[:, :, None, :] & (position[:, :, None, :] <= query)  # [B, 1 | H, t, S]
         # A key that is not kept has its own position for its eviction, which makes this the window as well.
-        mask = mask & (evicted[:, :, None, :] > query - window)
-        outputs.append(_attend(q[:, :, :, start:stop], k, v, mask, scale))
+        mask = mask & (until[:, :, None, :] > query - window)
+        outputs.append(_attend(rows, keys, values, mask, scale))
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _seen(query: Tensor, positions: Tensor, evicted: Tensor, window: int) -> Tensor | None:
+    """int64 `[B, H, n]`: the keys that some query of a chunk sees, and others up to n; None if most are seen.
+
+    query: `[B, t]`; positions `[B, 1 | H, S]`; evicted `[B, H, S]`.
+    """
+    if query.shape[1] == 0:
+        return None
+    first = torch.where(query >= 0, query, NEVER).amin(1)[:, None, None]
+    last = query.amax(1)[:, None, None]
+    seen = (positions >= 0) & (positions <= last) & (evicted > first - window)
+    # A GPU would have to wait for this count; there the whole mask is the cheaper way.
+    count = int(seen.sum(-1).max()) if seen.numel() else 0
+    if 4 * count >= 3 * seen.shape[-1]:
+        return None
+    return seen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x `[B, S, H, D]` at index `[B, H, n]` -> `[B, H, n, D]`; a gather along one dimension has a fast gradient."""
+    batch, keys, heads, size = x.shape
+    head = torch.arange(heads, device=x.device)[:, None]
+    row = torch.arange(batch, device=x.device)[:, None, None] * keys + index
+    flat = (row * heads + head).flatten()[:, None].expand(-1, size)
+    return x.flatten(0, 2).gather(0, flat).view(batch, heads, -1, size)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q `[B, H, G, t, D]`, k and v `[B, H, S, D]`, mask `[B, 1 | H, t, S]` -> `[B, H, G, t, D]`; blind rows give 0."""
     batch, heads, group = q.shape[:3]
-    if q.device.type == "cpu":
-        # A GPU would have to wait for the count of these; there the whole mask is the cheaper way.
-        seen = mask.flatten(0, 2).any(0)
-        if 4 * int(seen.sum()) < 3 * seen.numel():
-            index = seen.nonzero().squeeze(-1)
-            k, v, mask = k[:, :, index], v[:, :, index], mask[..., index]
     if k.shape[2] == 0:
         return (q * 0).sum(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
     blind = ~mask.any(-1, keepdim=True)
