@@ -202,3 +202,34 @@ def test_unconverted_student_agrees_with_its_teacher() -> None:
 def test_mixers_of_a_wrapped_model_are_found() -> None:
     wrapped = student("F", "T", "G", "S")
     assert [index for index, _ in mixers(wrapped.peft)] == [1, 2, 3]
+
+
+def test_align_takes_targets_once_and_measures_eviction_layers_when_asked() -> None:
+    wrapped = student("F", "T", "G", "T")
+    stage = Stage("a", "align", steps=2, passes=2)
+    step = make_step(stage, wrapped, Teacher(tiny_teacher()), nullcontext())  # type: ignore[arg-type]
+    wrapped.model.train()
+    prepared = step.prepare(batch())
+    first = step.backward(prepared, 1.0, measure=False)
+    assert {name for name in first if name.startswith("layer_")} == {"layer_2"}
+    targets = prepared[1].targets
+    again = step.backward(prepared, 1.0, measure=True)
+    assert prepared[1].targets is targets
+    assert {"layer_1", "layer_2", "layer_3", "error"} <= set(again)
+    assert wrapped.model.training
+
+
+def test_losses_of_the_mixers_are_averaged_over_the_layers() -> None:
+    wrapped = student("F", "T", "F", "T")
+    for weight, (_, mixer) in zip((1.0, 3.0), [(i, m) for i, m in wrapped.mixers if m.new is not None], strict=True):
+        for name, buffer in wrapped.buffers.items():
+            if name.endswith("l1_weight") and f".layers.{mixer.layer_idx}." in name:
+                buffer.fill_(weight)
+    stage = Stage("d", "distill", steps=2)
+    step = make_step(stage, wrapped, Teacher(tiny_teacher()), nullcontext())  # type: ignore[arg-type]
+    wrapped.model.train()
+    measured = step.backward(step.prepare(batch()), 1.0, measure=False)
+    found = [float(mixer.auxiliary["eviction_budget"]) for _, mixer in wrapped.mixers if mixer.auxiliary]
+    assert len(found) == 2
+    assert min(found) > 0
+    assert float(measured["eviction_budget"]) == pytest.approx(sum(found) / 2)
