@@ -71,7 +71,7 @@ def wrap(model: Any, lora: Lora | None, *, frozen_dtype: torch.dtype) -> Student
         RecipeError: the LoRA targets name no layer of the model.
     """
     found = mixers(model)
-    shared = _shared_new(found)
+    shared = _shared_parts(found)
     config = LoraConfig(
         r=lora.rank if lora else 1,
         lora_alpha=lora.alpha if lora else 1,
@@ -81,8 +81,8 @@ def wrap(model: Any, lora: Lora | None, *, frozen_dtype: torch.dtype) -> Student
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, config)
-    for mixer, first in shared:
-        setattr(mixer, NEW_PARAMETERS, getattr(first, NEW_PARAMETERS))  # PEFT wrapped the first holder's only
+    for name, mixer, first in shared:  # PEFT gave each its own copy
+        setattr(mixer.new.modules_to_save["default"], name, getattr(first.new.modules_to_save["default"], name))
     groups = _groups(peft)
     trained = {id(parameter) for group in groups.values() for parameter in group.values()}
     buffers = _controller_buffers(peft)
@@ -118,11 +118,6 @@ def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
 def save_adapter(student: Student, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; equal weights give equal bytes."""
     tensors = get_peft_model_state_dict(student.peft, save_embedding_layers=False)
-    # PEFT looks for modules_to_save under every layer's name, those that the layers share too.
-    names = {id(mixer): f"{name}.{NEW_PARAMETERS}." for name, mixer in _mixer_names(student.peft).items()}
-    for mixer, first in _shared_new(list(student.mixers)):
-        own, prefix = names[id(mixer)], names[id(first)]
-        tensors |= {own + name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     save_tensors(folder, tensors, stem="adapter_model", max_shard_bytes=float("inf"))
     config = student.peft.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}  # beside the run's converted/, not at a path
@@ -166,16 +161,16 @@ def _lora_targets(model: nn.Module, lora: Lora) -> list[str]:
     return targets
 
 
-def _shared_new(found: list[tuple[int, Mixer]]) -> list[tuple[Mixer, Mixer]]:
-    """(mixer, the first mixer that holds the same new parameters) for mixers that are not the first."""
+def _shared_parts(found: list[tuple[int, Mixer]]) -> list[tuple[str, Mixer, Mixer]]:
+    """(name, mixer, first holder) of the parts of new parameters that a mixer shares with an earlier one."""
     first_holder: dict[int, Mixer] = {}
-    pairs = []
+    shared = []
     for _, mixer in found:
-        if mixer.new is not None:
-            first = first_holder.setdefault(id(mixer.new), mixer)
+        for name, part in mixer.new.named_children() if mixer.new is not None else ():
+            first = first_holder.setdefault(id(part), mixer)
             if first is not mixer:
-                pairs.append((mixer, first))
-    return pairs
+                shared.append((name, mixer, first))
+    return shared
 
 
 def _groups(peft: PeftModel) -> dict[Group, dict[str, nn.Parameter]]:

@@ -116,7 +116,8 @@ def test_adapter_on_a_fresh_hybrid_gives_the_student(tmp_path: Path, lora: Lora 
 
 def test_shared_scorer_stays_one() -> None:
     wrapped = student("T", "T", "F", "T", scorer_sharing="model")
-    assert len({id(mixer.new) for _, mixer in wrapped.mixers}) == 1
+    assert len({id(mixer.new.scorer) for _, mixer in wrapped.mixers}) == 1
+    assert len({id(mixer.new.controller) for _, mixer in wrapped.mixers}) == 3
     assert {plain_name(name).split(".")[2] for name in wrapped.groups["mixers"]} == {"0"}
 
 
@@ -229,7 +230,7 @@ def test_losses_of_the_mixers_are_averaged_over_the_layers() -> None:
     step = make_step(stage, wrapped, Teacher(tiny_teacher()), nullcontext())  # type: ignore[arg-type]
     wrapped.model.train()
     measured = step.backward(step.prepare(batch()), 1.0, measure=False)
-    found = [float(mixer.auxiliary["eviction_budget"]) for _, mixer in wrapped.mixers if mixer.auxiliary]
+    found = [float(mixer.auxiliary["eviction_budget"].detach()) for _, mixer in wrapped.mixers if mixer.auxiliary]
     assert len(found) == 2
     assert min(found) > 0
     assert float(measured["eviction_budget"]) == pytest.approx(sum(found) / 2)
