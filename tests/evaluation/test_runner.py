@@ -69,7 +69,7 @@ def test_results_hold_the_measures_and_where_they_come_from(folders: Path, texts
     origin = written["provenance"]
     assert (origin["seed"], origin["recipe_sha256"], origin["command"]) == (4, "abc", "hybridize eval")
     assert (origin["dtype"], origin["settings"]["perplexity"]["context_tokens"]) == ("float32", 64)
-    assert origin["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(origin["versions"]["torch"])
     expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in texts.glob("*.txt")}
     assert {document["id"]: document["sha256"] for document in origin["documents"]} == expected
     assert written["model"]["fingerprint"] != written["teacher"]["fingerprint"]
