@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybridize.mixers.configs.base import MixerConfig
     from hybridize.plan import ConversionPlan
+
+_TOLD = ("window_tokens", "sink_tokens", "budget_tokens", "block_tokens", "selected_blocks")
+"""Settings that are shown even where they are the default: they decide the memory."""
 
 _LIMITS = """\
 - Decoding states cannot be rolled back: assisted decoding, prompt lookup and static caches are refused.
@@ -33,7 +38,7 @@ def card(
         recipe_text: the recipe as the user wrote it.
         tokens: training tokens seen.
         metrics: last training metrics (flat numbers).
-        metrics_table: a Markdown table of evaluation results, or empty when none were made yet.
+        metrics_table: a Markdown section of evaluation results, or empty when none were made yet.
     """
     counts = Counter(config.name for config in plan.layers)
     layout = ", ".join(f"{count} × {name}" for name, count in counts.items())
@@ -54,7 +59,7 @@ def card(
         "",
         f"# Hybrid of {teacher}",
         "",
-        f"Made with hybridize from `{teacher}`"
+        f"Made with hybridize from `{plan.model if plan.model.startswith('package:') else teacher}`"
         + (f" at revision `{plan.revision}`" if plan.revision else "")
         + f" (fingerprint `{plan.fingerprint[:16]}`).",
         "",
@@ -70,7 +75,7 @@ def card(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        'tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)',
         "```",
         "",
         "The folder carries its own modeling code in plain PyTorch; where `hybridize_kernels` is installed it is used.",
@@ -81,7 +86,7 @@ def card(
         "|---|---|---|",
         *[
             f"| {context} | {bill['student']:,} | {bill['teacher']:,} |"
-            for context, bill in plan.bill.state_bytes.items()
+            for context, bill in sorted(plan.bill.state_bytes.items())
         ],
         "",
         "Decoding state of one sequence with 2-byte keys and values.",
@@ -94,16 +99,26 @@ def card(
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
         lines += ["", f"Last step: {shown}."]
     if metrics_table:
-        lines += ["", "## Results", "", metrics_table.strip()]
+        lines += ["", metrics_table.strip()]
     lines += ["", "## Limits", "", _LIMITS.rstrip()]
     if recipe_text:
         lines += ["", "## Recipe", "", "```yaml", recipe_text.strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
+def _default(config: MixerConfig, key: str) -> object:
+    return next(field.default for field in fields(config) if field.name == key)
+
+
+def _no_settings(name: str) -> str:
+    return "the teacher’s own layer" if name == "full_attention" else "as by default"
+
+
 def _public_name(spec: str) -> str:
     """A local path is private: only its last part is told."""
-    if spec.startswith("package:") or not ("/" in spec or "\\" in spec):
+    if spec.startswith("package:"):
+        return spec.removeprefix("package:")
+    if not ("/" in spec or "\\" in spec):
         return spec
     if spec.startswith(("/", ".", "~")) or spec.count("/") > 1:
         return spec.rstrip("/").rsplit("/", 1)[-1]
@@ -113,11 +128,12 @@ def _public_name(spec: str) -> str:
 def _layer_rows(plan: ConversionPlan) -> list[str]:
     groups: dict[tuple[str, str], list[int]] = {}
     for index, config in enumerate(plan.layers):
-        settings = {key: value for key, value in config.to_dict().items() if key != "mixer"}
-        text = ", ".join(f"{key} {value}" for key, value in settings.items())
+        chosen = {field.name: getattr(config, field.name) for field in fields(config)}
+        unusual = {key: value for key, value in chosen.items() if key in _TOLD or value != _default(config, key)}
+        text = ", ".join(f"{key} {value}" for key, value in unusual.items())
         groups.setdefault((config.name, text), []).append(index)
     return [
-        f"| {', '.join(map(str, indices))} | `{name}` | {settings or 'the teacher’s own layer'} |"
+        f"| {', '.join(map(str, indices))} | `{name}` | {settings or _no_settings(name)} |"
         for (name, settings), indices in groups.items()
     ]
 

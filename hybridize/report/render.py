@@ -68,7 +68,9 @@ def summary_rows(results: Results) -> list[Row]:
 
 
 def _name(model: Mapping[str, Any]) -> str:
-    return str(model["spec"]).rstrip("/").rsplit("/", 1)[-1]
+    """The last part of the folder's name that tells one model from another: "demo" of runs/demo/export."""
+    parts = [part for part in str(model["spec"]).split("/") if part]
+    return parts[-2] if len(parts) > 1 and parts[-1] == "export" else parts[-1]
 
 
 def _provenance(results: Results) -> str:

@@ -47,7 +47,7 @@ def test_a_report_is_a_text_and_its_plots(tmp_path: Path, metrics: Path) -> None
         assert min(png_size(path)) > 300
         assert path.stat().st_size > 5000
     text = written[0].read_text()
-    assert text.startswith("# export\n")
+    assert text.startswith("# demo\n")
     assert all(f"]({name})" in text for name in names[1:])
     assert "## Training" in text
     assert "| align | 20 |" in text
