@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BOTTOM = {"errors", "progress", "recipe", "hybridize_kernels"}
+BOTTOM = {"errors", "files", "progress", "recipe", "hybridize_kernels"}
 MIDDLE = BOTTOM | {"mixers", "families", "checkpoint"}
 UPPER = MIDDLE | {"plan", "model"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": BOTTOM - {"hybridize_kernels"},
     "progress": {"errors"},
     "errors": set(),
+    "files": set(),
 }
 """What each part of `hybridize` may import besides itself; `a.b` allows that module of `a` alone."""
 
@@ -41,6 +42,7 @@ TORCH_FREE = (
     *(
         "hybridize",
         "hybridize.errors",
+        "hybridize.files",
         "hybridize.progress",
         "hybridize.recipe.*",
         "hybridize.plan.*",

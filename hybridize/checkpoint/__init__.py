@@ -3,7 +3,7 @@
 from hybridize.checkpoint.faults import fault_point
 from hybridize.checkpoint.hashing import sha256_bytes, sha256_file, source_fingerprint
 from hybridize.checkpoint.lock import FolderLock
-from hybridize.checkpoint.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from hybridize.checkpoint.manifest import FileRecord, Manifest, read_manifest, replace_in_manifest, write_manifest
 from hybridize.checkpoint.reader import (
     check_folder,
     check_tensors,
@@ -42,6 +42,7 @@ __all__ = [
     "load_tensors",
     "read_config",
     "read_manifest",
+    "replace_in_manifest",
     "require_free_disk",
     "require_memory",
     "require_usable_weights",

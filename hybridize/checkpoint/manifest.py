@@ -10,15 +10,16 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.files import check_relative_name, read_json_object
 from hybridize.checkpoint.folder import MANIFEST_FILE, name_some
 from hybridize.checkpoint.hashing import sha256_file
-from hybridize.checkpoint.resources import resource_errors, sync_file
+from hybridize.checkpoint.resources import resource_errors
 from hybridize.errors import CheckpointError
+from hybridize.files import write_whole
 
 FORMAT = "hybridize-manifest"
 VERSION = 1
@@ -69,20 +70,40 @@ def write_manifest(folder: Path, kind: str, provenance: Mapping[str, Any] | None
         sha256, size = sha256_file(folder, name)
         files[name] = FileRecord(sha256, size)
     manifest = Manifest(kind, files, f"hybridize {_version()}", dict(provenance or {}))
+    _write(folder, manifest)
+    return manifest
+
+
+def replace_in_manifest(folder: Path, names: Collection[str]) -> Manifest:
+    """Hash the named files anew and write manifest.json with their records; all other records stay as they are.
+
+    So a file that was damaged since the folder was written is still found.
+
+    Raises:
+        CheckpointError: there is no manifest of ours, or no file of such a name.
+        ResourceError: disk, quota or permission; the old manifest is still there.
+    """
+    manifest = read_manifest(folder)
+    where = str(folder / MANIFEST_FILE)
+    hashed = {name: FileRecord(*sha256_file(folder, check_relative_name(name, where=where))) for name in sorted(names)}
+    manifest = replace(manifest, files={**manifest.files, **hashed})
+    _write(folder, manifest)
+    return manifest
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    files = manifest.files.items()
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": kind,
+        "kind": manifest.kind,
         "created_by": manifest.created_by,
-        "files": {name: {"sha256": file.sha256, "size_bytes": file.size_bytes} for name, file in files.items()},
+        "files": {name: {"sha256": file.sha256, "size_bytes": file.size_bytes} for name, file in files},
         "provenance": manifest.provenance,
     }
     path = folder / MANIFEST_FILE
     with resource_errors(path):
-        path.write_text(json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-        sync_file(path)
-        sync_file(folder)
-    return manifest
+        write_whole(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _version() -> str:

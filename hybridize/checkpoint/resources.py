@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,15 +86,3 @@ def memory_limit_bytes() -> int | None:
         except (OSError, ValueError):  # no such file, or "max": no limit
             continue
     return min(limits, default=None)
-
-
-def sync_file(path: Path) -> None:
-    """Make a file, or a folder's list of names, durable. File systems that cannot sync folders are left alone."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

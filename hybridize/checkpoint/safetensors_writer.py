@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybridize.checkpoint.faults import fault_point as _fault_point
 from hybridize.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-from hybridize.checkpoint.resources import require_free_disk, resource_errors, sync_file
+from hybridize.checkpoint.resources import require_free_disk, resource_errors
+from hybridize.files import sync_file
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,9 @@ from hybridize.checkpoint.faults import fault_point as _fault_point
 from hybridize.checkpoint.folder import MANIFEST_FILE
 from hybridize.checkpoint.lock import FolderLock, process_is_alive
 from hybridize.checkpoint.manifest import write_manifest
-from hybridize.checkpoint.resources import resource_errors, sync_file
+from hybridize.checkpoint.resources import resource_errors
 from hybridize.errors import UsageError
+from hybridize.files import sync_file
 
 _CANNOT_RENAME = {errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EPERM, errno.EIO}
 

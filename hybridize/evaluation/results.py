@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint.resources import resource_errors, sync_file
+from hybridize.checkpoint.resources import resource_errors
+from hybridize.files import write_whole
 
 SCHEMA = "hybridize/results/1"
 """Name and version of the form; the number grows when a reader of the old one would misread the new."""
@@ -21,16 +21,9 @@ def write_results(results: Mapping[str, Any], out: Path) -> None:
         ResourceError: disk, quota or permission.
     """
     text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     with resource_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            sync_file(partial)
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_file(out.parent)
+        write_whole(out, text)
 
 
 def failed_probes(results: Mapping[str, Any]) -> list[str]:
