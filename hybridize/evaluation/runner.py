@@ -91,9 +91,7 @@ def evaluate(
 
 def _documents(held_out: Sequence[TextSource] | Data, base: Path, offline: bool) -> list[Document]:
     if isinstance(held_out, Data):
-        if not held_out.held_out:
-            return list(held_out_documents(held_out, base, offline=offline))
-        held_out = held_out.held_out
+        return list(held_out_documents(held_out, base, offline=offline, limit_bytes=MAX_SOURCE_BYTES))
     return [
         document
         for source in held_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,27 @@ def training_documents(source: TextSource, data: Data, base: Path, *, offline: b
             yield document
 
 
-def held_out_documents(data: Data, base: Path, *, offline: bool = False) -> Iterator[Document]:
-    """The held-out documents: those of the `held_out` sources, or the held-out share of the training sources."""
-    if data.held_out:
-        for source in data.held_out:
-            yield from read_documents(source, base, offline=offline)
-        return
-    for source in data.train:
-        documents = read_documents(source, base, offline=offline)
-        yield from (document for document in documents if is_held_out(document, data.held_out_share))
+def held_out_documents(
+    data: Data, base: Path, *, offline: bool = False, limit_bytes: int | None = None
+) -> Iterator[Document]:
+    """The held-out documents: those of the `held_out` sources, or the held-out share of the training sources.
+
+    Args:
+        limit_bytes: leave a source after the document with which this many bytes of held-out text are reached. A
+            data set that is streamed may have no end.
+    """
+    share = 0.0 if data.held_out else data.held_out_share
+    if not data.held_out and share == 0:
+        return  # no document would end the search
+    for source in data.held_out or data.train:
+        seen_bytes = 0
+        for document in read_documents(source, base, offline=offline):
+            if not data.held_out and not is_held_out(document, share):
+                continue
+            yield document
+            seen_bytes += len(document.text.encode())
+            if limit_bytes is not None and seen_bytes >= limit_bytes:
+                break
 
 
 def held_out_keys(data: Data, base: Path, *, offline: bool = False) -> frozenset[str]:
@@ -118,15 +130,6 @@ def held_out_keys(data: Data, base: Path, *, offline: bool = False) -> frozenset
 def is_held_out(document: Document, share: float) -> bool:
     """Whether a document belongs to the held-out `share`; decided by its text alone, so that it never changes."""
     return int(document.key[:16], 16) < share * 2**64
-
-
-def split_held_out(documents: Iterable[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Parts documents into (train, held out)."""
-    train: list[Document] = []
-    held_out: list[Document] = []
-    for document in documents:
-        (held_out if is_held_out(document, share) else train).append(document)
-    return train, held_out
 
 
 def pin_revisions(sources: Sequence[TextSource], base: Path, *, offline: bool = False) -> tuple[TextSource, ...]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hybridize.errors import ResourceError, UsageError
+from hybridize.evaluation import runner
 from hybridize.evaluation.device import pick_dtype
 from hybridize.evaluation.provenance import without_home
 from hybridize.evaluation.results import write_results
@@ -85,6 +86,15 @@ def test_held_out_text_may_be_said_by_a_recipes_data(folders: Path, texts: Path)
     assert len(documents) == 3
 
 
+def test_no_more_held_out_text_is_read_than_said(folders: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MAX_SOURCE_BYTES", 1)
+    for data in (
+        Data(train=(TextSource("*.txt"),), held_out_share=0.999999),
+        Data(train=(TextSource("river*.txt"),), held_out=(TextSource("garden*.txt"),)),
+    ):
+        assert len(measure(folders, texts, held_out=data, teacher=None)["provenance"]["documents"]) == 1
+
+
 def test_models_of_two_vocabularies_are_not_compared(
     folders: Path, texts: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -105,7 +115,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ResourceError, match="disk is full"):
         write_results({}, tmp_path / "results.json")
     assert list(tmp_path.iterdir()) == []

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import hybridize.recipe.documents as documents_module
 from hybridize.errors import CheckpointError, HybridizeError, RecipeError
 from hybridize.recipe.documents import (
     Document,
     held_out_documents,
+    is_held_out,
     local_files,
     pin_revisions,
     read_documents,
-    split_held_out,
     training_documents,
 )
 from hybridize.recipe.schema import Data, TextSource
@@ -105,14 +107,31 @@ def test_pin_revisions_leaves_files_and_commits_alone(texts: Path) -> None:
     assert pin_revisions(sources, texts) == sources
 
 
-def test_held_out_share_is_stable_and_parts_the_documents() -> None:
+def test_held_out_share_is_stable_and_about_as_large_as_said() -> None:
     documents = [Document(f"text {i}", "s", str(i)) for i in range(400)]
-    train, held_out = split_held_out(documents, 0.25)
-    assert len(train) + len(held_out) == 400
+    held_out = {d.text for d in documents if is_held_out(d, 0.25)}
     assert 60 < len(held_out) < 140
     renamed = [Document(d.text, "other", "elsewhere") for d in reversed(documents)]
-    assert {d.text for d in split_held_out(renamed, 0.25)[1]} == {d.text for d in held_out}
-    assert split_held_out(documents, 0.0)[1] == []
+    assert {d.text for d in renamed if is_held_out(d, 0.25)} == held_out
+    assert not any(is_held_out(d, 0.0) for d in documents)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_held_out_text_of_an_endless_source_comes_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    def endless(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
+        for number in range(100_000):
+            yield Document(f"text {number}", source.path, str(number))
+        raise AssertionError("read on and on")
+
+    monkeypatch.setitem(documents_module._FORMATS, "hub", endless)
+    data = Data(train=(TextSource("org/a", format="hub"), TextSource("org/b", format="hub")), held_out_share=share)
+    found = list(held_out_documents(data, tmp_path, limit_bytes=1000))
+    assert all(is_held_out(document, share) for document in found)
+    for name in ("org/a", "org/b") if share else ():
+        num_bytes = sum(len(d.text.encode()) for d in found if d.source_name == name)
+        assert 1000 <= num_bytes < 1020  # held-out text counts, not what was passed over
 
 
 def test_training_never_sees_held_out_text(texts: Path) -> None:
