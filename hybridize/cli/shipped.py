@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hybridize.errors import RecipeError, UsageError
+from hybridize.files import write_whole
 
 
 def shipped_folder() -> Path | None:
@@ -62,8 +63,7 @@ def copy_recipe(recipe: Path, to: Path, *, overwrite: bool = False) -> Path:
     # Recipes of ours name their texts as text/..., and nothing else in them begins so.
     text = re.sub(r"(?<![\w/.-])text/(?=[\w*])", lambda _: f"{texts}/", text)
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(text, encoding="utf-8")
-    return to
+    return write_whole(to, text)
 
 
 def opening_comment(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.errors import RecipeError
+from hybridize.files import write_whole
 from hybridize.recipe.reader import recipe_from_dict, recipe_to_dict
 from hybridize.recipe.schema import Recipe
 
@@ -84,14 +84,11 @@ def make_lock(recipe: Recipe, teacher_fingerprint: str) -> Lock:
 
 
 def write_lock(run: Path, lock: Lock) -> Path:
-    """Writes RUN/recipe.lock.json in one step."""
+    """Writes RUN/recipe.lock.json whole or not at all."""
     path = run / FILE
     run.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{FILE}.partial-{os.getpid()}")
     document = {"format": FORMAT, "version": VERSION, **asdict(lock)}
-    partial.write_text(json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_whole(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_lock(run: Path) -> Lock | None:

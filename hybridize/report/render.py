@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.resources import resource_errors
+from hybridize.files import write_whole
 from hybridize.report.plots import all_plots, has_matplotlib
 from hybridize.report.prose import samples_section, training_section, verdict
 from hybridize.report.results import Results, check_results, read_metrics, read_results
@@ -44,8 +44,8 @@ def render(results: Results | Path, out: Path, metrics: Path | None = None) -> l
     text = report_markdown(found, steps, list(plots))
     with resource_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        written = [_write(out / name, png) for name, png in plots.items()]
-        return [_write(out / REPORT_FILE, text.encode()), *written]
+        written = [write_whole(out / name, png) for name, png in plots.items()]
+        return [write_whole(out / REPORT_FILE, text), *written]
 
 
 def report_markdown(
@@ -89,16 +89,6 @@ def _provenance(results: Results) -> str:
         f"- {versions}, Python {origin['python']}",
     ]
     return "\n".join(lines)
-
-
-def _write(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 __all__ = ["REPORT_FILE", "SUMMARY_HEADER", "render", "report_markdown", "summary_rows"]

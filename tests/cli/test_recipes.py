@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from hybridize.cli.shipped import shipped_recipes
 from hybridize.recipe.reader import load_recipe
 from tests.cli.conftest import Invoke
@@ -33,6 +35,16 @@ def test_copy_finds_its_texts(invoke: Invoke, tmp_path: Path) -> None:
     assert refused.code == 2
     assert "--overwrite" in refused.err
     assert invoke("recipes", "copy", "smollm2-135m--demo", to, "--overwrite").code == 0
+
+
+def test_copy_of_a_file_takes_its_name(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shipped_recipes()["smollm2-135m--demo"]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mine.yaml").write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    assert invoke("recipes", "copy", tmp_path / "mine.yaml").code == 0
+    assert invoke("recipes", "copy", "smollm2-135m--demo").code == 0
+    assert sorted(each.name for each in Path().iterdir()) == ["mine.yaml", "smollm2-135m--demo.yaml"]
 
 
 def test_unknown_name(invoke: Invoke) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_folder_that_cannot_be_written_is_a_resource_error(tmp_path: Path, mon
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ResourceError, match="disk is full"):
         render(make_results(), tmp_path / "report")
     assert list((tmp_path / "report").iterdir()) == []

@@ -67,7 +67,8 @@ def _copy(settings: Settings, name: str, to: Path | None, overwrite: bool) -> No
     """Copy a recipe to change it. Its text files are not copied; their paths are kept whole."""
     from hybridize.cli.shipped import copy_recipe, find_recipe
 
-    written = copy_recipe(find_recipe(name), to or Path(f"{name}.yaml"), overwrite=overwrite)
+    recipe = find_recipe(name)
+    written = copy_recipe(recipe, to or Path(f"{recipe.stem}.yaml"), overwrite=overwrite)
     settings.output.result("recipes-copy", {"path": str(written)}, [str(written)])
 
 
