@@ -21,7 +21,7 @@ def _complete_recipe(context: click.Context, parameter: click.Parameter, incompl
 
 
 def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """RECIPE with --set, --model and --seed; the command gets `recipe_name` and `overrides`."""
+    """RECIPE with --set, --model and --seed; the command gets `recipe_name`, `changes`, `model` and `seed`."""
     decorators: tuple[Decorator, ...] = (
         click.argument("recipe_name", metavar="RECIPE", shell_complete=_complete_recipe),
         click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe."),

@@ -47,9 +47,7 @@ def choose(
         if not _HAS_TRITON:
             raise ValueError(f"{op}: Triton is not installed: use 'eager' or 'reference'")
         if not kernel_fits or needs_grad(*tensors):
-            raise ValueError(
-                f"the Triton kernel of {op} does not cover this call : its shapes, or a gradient is needed"
-            )
+            raise ValueError(f"the Triton kernel of {op} does not cover this call: its shapes, or a gradient is needed")
     if forced is not None:
         return forced
     present = [tensor for tensor in tensors if tensor is not None]
