@@ -84,15 +84,16 @@ class Align:
         for index, mixer in self.mixers:
             captured = prepared[index]
             loss, named = self._loss(mixer, captured)
+            extra = dict(mixer.auxiliary)  # a forward pass that only measures would leave it empty
             if isinstance(mixer, TargetLearner):
                 if measure:
                     measured[f"layer_{index}"] = self._error_in_use(mixer, captured.trace)
             else:
                 measured[f"layer_{index}"] = loss.detach()
-            loss = loss + self.stage.objective.auxiliary * _sum(mixer.auxiliary, loss)
+            loss = loss + self.stage.objective.auxiliary * _sum(extra, loss)
             if loss.requires_grad:
                 torch.autograd.backward(loss * share)
-            for name, value in (named | mixer.auxiliary).items():
+            for name, value in (named | extra).items():
                 auxiliary.setdefault(name, []).append(value.detach().float())
             total = total + loss.detach()
         errors = [value for name, value in measured.items() if name.startswith("layer_")]

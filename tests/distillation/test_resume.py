@@ -20,6 +20,9 @@ from hybridize.checkpoint import FolderLock
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
 from hybridize.errors import InterruptedError_, NumbersError, RecipeError, StoppedError, UsageError
+from hybridize.model.convert import convert
+from hybridize.plan import plan
+from hybridize.recipe.schema import LayerPlan, MixerChoice
 from tests.distillation import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,6 +222,24 @@ def test_damaged_newest_checkpoint_is_passed_over(run: Path, reference: Path, se
 def test_save_and_log_settings_may_change(run: Path, reference: Path, serve: Serve) -> None:
     assert serve(run, "step-start:kill:3") == -signal.SIGKILL
     assert_same(again(run, save_every_steps=5, keep_checkpoints=2), reference.parent / "distill")
+
+
+def test_how_often_a_step_is_logged_changes_no_weight(run: Path) -> None:
+    eviction = MixerChoice("token_eviction", {**runs.MIXERS["T"].options, "budget_tokens": 2, "l1_every_steps": 1})
+    stages = (replace(runs.STAGES[0], steps=6, passes=1, accumulate=1),)
+    adapters = []
+    for log_every in (1, 5):
+        recipe = replace(
+            runs.tiny_recipe(run.parent, stages=stages, log_every_steps=log_every, save_every_steps=100),
+            layers=LayerPlan(pattern="F T F T"),
+            mixers={"T": eviction},
+        )
+        name = f"{run.name}-{log_every}"
+        convert(plan(recipe, offline=True), run.parent / name / "converted")
+        adapter = runs.distil(run.parent, recipe, name)
+        adapters.append((adapter / "adapter_model.safetensors").read_bytes())
+        assert rows(adapter.parent)[-1]["eviction_budget"] > 0
+    assert adapters[0] == adapters[1]
 
 
 def test_changed_recipe_is_refused(run: Path, serve: Serve) -> None:

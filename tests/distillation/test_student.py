@@ -234,3 +234,25 @@ def test_losses_of_the_mixers_are_averaged_over_the_layers() -> None:
     assert len(found) == 2
     assert min(found) > 0
     assert float(measured["eviction_budget"]) == pytest.approx(sum(found) / 2)
+
+
+def test_measuring_leaves_the_gradient_and_the_losses_of_align_as_they_are() -> None:
+    found = []
+    for measure in (False, True):
+        torch.manual_seed(0)
+        step, wrapped = align("F", "T", "F", "T", budget_tokens=2, l1_every_steps=1)
+        wrapped.model.train()
+        for name, buffer in wrapped.buffers.items():
+            if name.endswith("l1_weight"):
+                buffer.fill_(3.0)
+        torch.manual_seed(1)
+        measured = step.backward(step.prepare(batch()), 1.0, measure=measure)
+        gradients = {name: p.grad for name, p in wrapped.trained().items() if p.grad is not None}
+        found.append((measured, gradients))
+    (without, plain), (with_error, measured_too) = found
+    assert float(without["eviction_budget"]) > 0
+    assert "error" in with_error
+    assert "error" not in without
+    assert all(torch.equal(without[name], with_error[name]) for name in without)
+    assert plain.keys() == measured_too.keys()
+    assert all(torch.equal(plain[name], measured_too[name]) for name in plain)
