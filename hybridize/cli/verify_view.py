@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from hybridize.checkpoint import (
-    check_folder,
-    check_tensors,
+    has_our_manifest,
     read_config,
     require_usable_weights,
     resolve_source,
     verify_folder,
 )
 from hybridize.families import family_of_config
+from hybridize.plan import check_teacher_tensors
 
 
 def verify_model(spec: str, *, offline: bool, finite: bool) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def verify_model(spec: str, *, offline: bool, finite: bool) -> dict[str, Any]:
     """
     source = resolve_source(spec, offline=offline)
     values: dict[str, Any] = {"model": spec, "manifest": None, "files": 0, "warnings": []}
-    if source.gguf_file is None and (source.path / "manifest.json").is_file():
+    if source.gguf_file is None and has_our_manifest(source.path):
         report = verify_folder(source.path, finite=finite)
         warnings = list(report.warnings)
         return {
@@ -36,11 +36,7 @@ def verify_model(spec: str, *, offline: bool, finite: bool) -> dict[str, Any]:
             "finite": finite or None,
             "warnings": warnings,
         }
-    headers = check_folder(source)
     adapter, geometry = family_of_config(read_config(source))
-    expected = adapter.tensor_shapes(geometry)
-    tied = {"lm_head.weight": expected["model.embed_tokens.weight"]} if geometry.tied_embeddings else {}
-    extra = (".rotary_emb.inv_freq",)
-    check_tensors(headers, {**expected, **tied}, optional=tuple(tied), extra_allowed=extra, where=spec)
+    headers = check_teacher_tensors(source, adapter, geometry)
     warnings = list(require_usable_weights(source).warnings) if finite else []
     return {**values, "tensors": len(headers), "finite": finite or None, "warnings": warnings}

@@ -55,6 +55,8 @@ class MixerState(CacheLayerMixin):
         self.tensors = tensors
         self.seen_tokens = 0
         """Columns passed through so far, padding included."""
+        self.seen_padding = False
+        """A prompt had padding: positions cannot be told without a mask from then on."""
         self._empty = {name: tensor[:1].clone() for name, tensor in tensors.items()}
         self.is_initialized = True
 
@@ -94,6 +96,7 @@ class MixerState(CacheLayerMixin):
         batch = next(iter(self.tensors.values())).shape[0] if self.tensors else 0
         self.tensors = {name: empty.expand(batch, *empty.shape[1:]).clone() for name, empty in self._empty.items()}
         self.seen_tokens = 0
+        self.seen_padding = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -233,6 +236,10 @@ class Mixer(nn.Module):
         """What the trainer logs of this mixer (kept tokens a head, ...)."""
         return {}
 
+    def share(self, first: Mixer) -> None:
+        """Takes over the parts that `first`, a mixer of an earlier layer, shares with this one; called where the
+        configuration's `shared_over_layers` is not None."""
+
     # What the base does.
 
     def forward(
@@ -263,6 +270,9 @@ class Mixer(nn.Module):
         if token_positions is None:
             first = 0 if state is None else state.seen_tokens
             token_positions = torch.arange(first, first + num_tokens, device=q.device).expand(batch, -1)
+        elif state is not None and num_tokens > 1 and not state.seen_padding:
+            # Asked for prompts only: the answer costs a wait for the GPU, and a single new token is hardly padding.
+            state.seen_padding = bool((token_positions < 0).any())
         assert position_embeddings is not None
         out, auxiliary = self.mix(q, k, v, hidden_states, Rope(*position_embeddings), state, token_positions)
         self.auxiliary = auxiliary

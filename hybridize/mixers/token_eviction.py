@@ -91,6 +91,10 @@ class TokenEviction(Mixer):
         self.new.scorer.initialise(self.config.scorer_bias_init)
         self.new.controller.initialise()
 
+    def share(self, first: Mixer) -> None:
+        """One scorer for the whole model; the controllers stay each layer's own."""
+        self.new.scorer = first.new.scorer
+
     def schedule(self, progress: float, sequence_tokens: int) -> None:
         """The budget in training falls linearly from the sequence's length to `budget_tokens`."""
         final = self.config.budget_tokens

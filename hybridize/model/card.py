@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hybridize.files import write_whole
 
 if TYPE_CHECKING:
     from hybridize.mixers.configs.base import MixerConfig
@@ -143,7 +144,7 @@ def update_card(export: Path, metrics_table: str) -> None:
 
     Run again after an interruption, it heals what was left between the two files.
     """
-    from hybridize.checkpoint import read_manifest, sha256_bytes, write_manifest
+    from hybridize.checkpoint import read_manifest, replace_in_manifest, sha256_bytes
     from hybridize.plan import ConversionPlan
 
     manifest = read_manifest(export)
@@ -159,7 +160,5 @@ def update_card(export: Path, metrics_table: str) -> None:
     recorded = manifest.files.get("README.md")
     if recorded is not None and recorded.sha256 == sha256_bytes(text.encode()):
         return
-    partial = export / "README.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, export / "README.md")
-    write_manifest(export, manifest.kind, manifest.provenance)
+    write_whole(export / "README.md", text.encode())
+    replace_in_manifest(export, ["README.md"])

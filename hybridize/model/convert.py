@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybridize.checkpoint import AtomicFolder, require_free_disk, require_memory, resolve_source, save_tensors
+from hybridize.checkpoint import (
+    AtomicFolder,
+    require_free_disk,
+    require_memory,
+    resolve_source,
+    save_tensors,
+    source_fingerprint,
+)
+from hybridize.errors import CheckpointError
 from hybridize.model.load import load_teacher, load_tokenizer
 from hybridize.model.swap import swap
 from hybridize.progress import SILENT, Reporter
@@ -37,10 +45,14 @@ def convert(
         `out`.
 
     Raises:
-        CheckpointError, FamilyError, NumbersError: the teacher cannot be used.
+        CheckpointError, FamilyError, NumbersError: the teacher cannot be used, or changed since it was planned for.
         ResourceError, UsageError: the folder cannot be written.
     """
-    source = resolve_source(plan.model, offline=offline)
+    source = resolve_source(plan.teacher, offline=offline)
+    if source_fingerprint(source, headers_only=True) != plan.fingerprint:
+        raise CheckpointError(
+            "the teacher is not the one that was planned for.", where=plan.model, hint="Plan again: hybridize plan."
+        )
     require_memory(plan.bill.convert_memory_bytes)
     require_free_disk(Path(out).absolute().parent, plan.bill.disk_bytes)
     provenance = {"teacher": plan.model, "revision": plan.revision, "fingerprint": plan.fingerprint}

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hybridize.plan import ConversionPlan
 
 _CHECK_TOKENS = 24
-"""Length of the prompts and continuations of the check after writing."""
+"""Length of the continuations in the check after writing, and least length of its longer prompt."""
+_LONGEST_CHECK = 4096
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def export(
             (folder / "recipe.yaml").write_text(parts.recipe, encoding="utf-8")
         (folder / "README.md").write_text(_card(plan, parts), encoding="utf-8")
         task.advance(1, step="reading back")
-        prompts = check_prompts(plan.geometry.vocab_size)
+        prompts = check_prompts(plan)
         _compare_here(model, folder, dtype, prompts)
         task.advance(1, step="reading back without hybridize")
         compare_elsewhere(model, folder, prompts)
@@ -163,10 +164,19 @@ def cast_weights(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def check_prompts(vocab_size: int) -> list[list[int]]:
-    """Fixed prompts for the read-back: short, and longer than most windows of a test."""
+def check_prompts(plan: ConversionPlan) -> list[list[int]]:
+    """Random prompts for the read-back: a short one, and one that is longer than what every window and budget holds, so
+    that tokens are evicted on the way (within the teacher's context, and _LONGEST_CHECK at most)."""
+    held = [
+        getattr(config, "window_tokens", 0) + getattr(config, "budget_tokens", 0) + _CHECK_TOKENS
+        for config in plan.layers
+    ]
+    room = (plan.geometry.max_positions or _LONGEST_CHECK) - _CHECK_TOKENS
+    longest = max(_CHECK_TOKENS, min(max(held), room, _LONGEST_CHECK))
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in (5, _CHECK_TOKENS)]
+    return [
+        torch.randint(0, plan.geometry.vocab_size, (length,), generator=generator).tolist() for length in (5, longest)
+    ]
 
 
 def _compare_here(model: Any, folder: Path, dtype: torch.dtype, prompts: list[list[int]]) -> None:

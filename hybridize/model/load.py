@@ -25,6 +25,7 @@ from hybridize.errors import CheckpointError, RecipeError
 from hybridize.families import family, family_of_config
 from hybridize.families.base import FamilyAdapter
 from hybridize.model.modeling import hybrid_classes
+from hybridize.plan.weights import check_teacher_tensors
 
 
 def as_source(spec: str | Path | CheckpointSource, *, offline: bool = False) -> CheckpointSource:
@@ -67,8 +68,7 @@ def load_teacher(spec: str | Path | CheckpointSource, *, dtype: torch.dtype, off
     """
     source = as_source(spec, offline=offline)
     adapter, geometry = family_of_config(read_config(source))
-    optional = ("lm_head.weight",) if geometry.tied_embeddings else ()
-    check_tensors(check_folder(source), adapter.tensor_shapes(geometry), optional=optional, where=source.spec)
+    check_teacher_tensors(source, adapter, geometry)
     _, _, causal_lm = adapter.base_classes()
     model = _from_pretrained(causal_lm, source, dtype)
     require_usable_weights(source, model.named_parameters())
@@ -84,7 +84,8 @@ def load_hybrid(folder: str | Path, *, dtype: torch.dtype, complete: bool = True
         complete: refuse a folder without its manifest; False while it is being written.
 
     Raises:
-        CheckpointError: not a hybrid, damaged, or tensors missing, extra or misshapen.
+        CheckpointError: not a hybrid, not what its manifest says, or tensors missing, extra or misshapen.
+        NumbersError: a weight is not finite.
     """
     source = resolve_source(str(folder))
     config = read_config(source)
@@ -101,7 +102,10 @@ def load_hybrid(folder: str | Path, *, dtype: torch.dtype, complete: bool = True
             hint="Use the hybridize release that wrote the folder.",
         ) from error
     check_tensors(headers, weights, optional=("lm_head.weight",), extra_allowed=tuple(counters), where=str(source.path))
-    return _from_pretrained(hybrid_classes(adapter).causal_lm, source, dtype)
+    model = _from_pretrained(hybrid_classes(adapter).causal_lm, source, dtype)
+    if complete:
+        require_usable_weights(source, model.named_parameters())
+    return model
 
 
 def hybrid_tensor_shapes(

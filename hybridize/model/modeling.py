@@ -109,6 +109,15 @@ class HybridModelMixin:
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if (
+                attention_mask is None
+                and seen
+                and any(getattr(s, "seen_padding", False) for s in past_key_values.layers)
+            ):
+                raise UsageError(
+                    "the cache holds padding, and no attention mask says where.",
+                    hint="Pass the mask of all tokens so far with every call, as generate does.",
+                )
             kwargs["token_positions"] = token_positions(attention_mask, tokens.shape[1], seen)
         if use_cache is None and past_key_values is None and self.training:  # type: ignore[attr-defined]
             use_cache = False  # a decoding state carries no gradient
@@ -190,19 +199,18 @@ def install_mixers(model: Any, adapter: FamilyAdapter, configs: Mapping[int, Mix
         attention = adapter.attention(layers[index])
         mixer = cls.from_attention(adapter.view(attention, index, geometry), config)
         mixer.train(attention.training)
-        if getattr(config, "scorer_sharing", None) == "model":
-            # One scorer for the whole model: later layers hold the first one's module (controllers stay their own).
+        if config.shared_over_layers is not None:
             if shared is None:
                 shared = mixer
             else:
-                mixer.new.scorer = shared.new.scorer
+                mixer.share(shared)
         adapter.replace(layers[index], mixer)
         replaced[index] = attention
     model.model.__class__ = hybrid_classes(adapter).model
     return replaced
 
 
-_CLASSES: dict[tuple[str, str], HybridClasses] = {}
+_CLASSES: dict[str, HybridClasses] = {}
 
 
 def hybrid_classes(adapter: FamilyAdapter, module: str = __name__) -> HybridClasses:
@@ -210,11 +218,10 @@ def hybrid_classes(adapter: FamilyAdapter, module: str = __name__) -> HybridClas
 
     Args:
         adapter: the family.
-        module: `__module__` of the classes; an export passes the module that its `auto_map` names.
+        module: `__module__` of the classes when they are made; an export passes the module that its `auto_map` names.
     """
-    known = [classes for (model_type, _), classes in _CLASSES.items() if model_type == adapter.model_type]
-    if known:
-        return known[0]
+    if adapter.model_type in _CLASSES:
+        return _CLASSES[adapter.model_type]
     base_config, base_model, base_causal_lm = adapter.base_classes()
     prefix = adapter.hybrid_prefix
     config = type(
@@ -244,5 +251,5 @@ def hybrid_classes(adapter: FamilyAdapter, module: str = __name__) -> HybridClas
         },
     )
     classes = HybridClasses(config, model, causal_lm)
-    _CLASSES[(adapter.model_type, module)] = classes
+    _CLASSES[adapter.model_type] = classes
     return classes

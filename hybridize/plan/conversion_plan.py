@@ -59,7 +59,7 @@ class ConversionPlan:
     @property
     def teacher(self) -> str:
         """The model, pinned to the revision that was planned for."""
-        return f"{self.model}@{self.revision}" if self.revision and "@" not in self.model else self.model
+        return f"{self.model.split('@')[0]}@{self.revision}" if self.revision else self.model
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the inverse of `from_json`."""

@@ -8,8 +8,6 @@ from typing import Any, cast
 
 from hybridize.checkpoint import (
     CheckpointSource,
-    check_folder,
-    check_tensors,
     read_config,
     resolve_source,
     sha256_bytes,
@@ -22,6 +20,7 @@ from hybridize.mixers.configs.full_attention import FullAttentionConfig
 from hybridize.mixers.registry import MIXERS, config_class
 from hybridize.plan.bill import make_bill
 from hybridize.plan.conversion_plan import ConversionPlan, Dtype
+from hybridize.plan.weights import check_teacher_tensors
 from hybridize.recipe.build import raise_problems
 from hybridize.recipe.layers import choose_mixers
 from hybridize.recipe.reader import build_config
@@ -106,6 +105,9 @@ def _mixer_configs(recipe: Recipe, geometry: AttentionGeometry) -> tuple[MixerCo
         for reason in config.misfits(geometry, index):
             misfits.setdefault(f"{config.name}: {reason}", []).append(index)
     problems += [f"{where('layers')}: layers {ranges(at)}: {reason}" for reason, at in misfits.items()]
+    shared = {config.shared_over_layers for config in layers} - {None}
+    if len(shared) > 1:
+        problems.append(f"{where('mixers')}: mixers: layers that share a scorer must have the same scorer settings.")
     raise_problems(problems, where=where("layers"))
     return layers
 
@@ -144,16 +146,7 @@ def _check_weights(
     if source.gguf_file is None and not any(path.name.endswith(_WEIGHT_ENDINGS) for path in source.path.iterdir()):
         warnings.append("the folder holds no weights, only config.json: the tensors could not be checked.")
         return sha256_bytes(json.dumps(config, sort_keys=True).encode())
-    headers = check_folder(source)
-    expected = adapter.tensor_shapes(geometry)
-    tied = {"lm_head.weight": expected["model.embed_tokens.weight"]} if geometry.tied_embeddings else {}
-    check_tensors(
-        headers,
-        {**expected, **tied},
-        optional=tuple(tied),
-        extra_allowed=(".rotary_emb.inv_freq",),
-        where=source.spec,
-    )
+    check_teacher_tensors(source, adapter, geometry)
     return source_fingerprint(source, headers_only=True)
 
 

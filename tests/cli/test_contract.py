@@ -149,7 +149,7 @@ def test_a_bug_shows_the_environment(invoke: Invoke, recipe: Path, monkeypatch: 
 
 def test_interrupt_signal_during_plan(invoke: Invoke, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(*arguments: Any, **options: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # os.kill may reach another thread first, and this one return before it
 
     monkeypatch.setattr(plan_package, "plan", plan)
     assert invoke("plan", recipe).code == 130
@@ -157,7 +157,7 @@ def test_interrupt_signal_during_plan(invoke: Invoke, recipe: Path, monkeypatch:
 
 def test_sigterm_ends_like_ctrl_c(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(*arguments: Any, **options: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(plan_package, "plan", plan)
     monkeypatch.setattr("sys.argv", ["hybridize", "plan", str(recipe)])

@@ -57,3 +57,26 @@ def test_results_training_and_recipe_appear(made):
     assert "kl 0.5" in text
     assert "## Table" in text
     assert "```yaml\nmodel: x\n```" in text
+
+
+def test_results_in_the_card_change_no_other_record(tmp_path):
+    from hybridize.checkpoint import read_manifest, verify_folder
+    from hybridize.errors import VerificationError
+    from hybridize.model.card import update_card
+    from hybridize.model.convert import convert
+    from hybridize.model.export import export
+
+    write_teacher(tmp_path)
+    convert(plan(tiny_recipe(tmp_path)), tmp_path / "converted")
+    folder = export(tmp_path / "converted", tmp_path / "export")
+    before = read_manifest(folder).files
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    update_card(folder, "## Table")
+    assert "## Table" in (folder / "README.md").read_text()
+    after = read_manifest(folder).files
+    assert {name for name in before if before[name] != after[name]} == {"README.md"}
+    with pytest.raises(VerificationError, match=r"model\.safetensors"):
+        verify_folder(folder)

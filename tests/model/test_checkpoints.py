@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hybridize.checkpoint import read_manifest, verify_folder
-from hybridize.errors import CheckpointError, NumbersError, UsageError, VerificationError
+from hybridize.errors import CheckpointError, NumbersError, RecipeError, UsageError, VerificationError
 from hybridize.mixers.registry import config_class
 from hybridize.model import export as export_module
 from hybridize.model.convert import convert
@@ -21,7 +21,7 @@ from hybridize.model.load import load_any, load_hybrid, load_teacher, load_token
 from hybridize.model.register import register
 from hybridize.model.swap import mixers, swap, undo
 from hybridize.plan import plan
-from hybridize.recipe.schema import Export
+from hybridize.recipe.schema import Export, LayerPlan, MixerChoice
 from tests.distillation.runs import tiny_recipe, write_teacher
 from tests.tiny import tiny_teacher, tiny_tokens
 
@@ -197,3 +197,66 @@ def test_the_seed_decides_the_new_parameters(project, tmp_path):
     first = load_hybrid(project / "converted", dtype=torch.float32).state_dict()
     second = load_hybrid(other, dtype=torch.float32).state_dict()
     assert any(not torch.equal(first[name], second[name]) for name in first if "scorer" in name)
+
+
+def test_a_tied_head_may_be_stored_and_old_buffers_may_lie_beside(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    write_teacher(tmp_path)
+    expected = logits(load_teacher(tmp_path / "teacher", dtype=torch.float32))
+    file = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, file, {"format": "pt"})
+    plan(tiny_recipe(tmp_path))
+    assert torch.equal(logits(load_teacher(tmp_path / "teacher", dtype=torch.float32)), expected)
+
+
+def test_a_teacher_that_changed_since_the_plan_is_refused(tmp_path):
+    write_teacher(tmp_path)
+    made = plan(tiny_recipe(tmp_path))
+    write_teacher(tmp_path, intermediate_size=40)
+    with pytest.raises(CheckpointError, match="planned for"):
+        convert(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_in_a_hybrid_is_found(project, tmp_path):
+    out = convert(plan(tiny_recipe(project)), tmp_path / "out")
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_hybrid(out, dtype=torch.float32)
+
+
+def test_layers_that_share_a_scorer_must_agree_on_it(project):
+    recipe = tiny_recipe(project)
+    shared = {"window_tokens": 14, "budget_tokens": 8, "scorer_sharing": "model"}
+    mixers_by_name = {
+        "A": MixerChoice("token_eviction", {**shared, "scorer_layers": 2}),
+        "B": MixerChoice("token_eviction", shared),
+    }
+    with pytest.raises(RecipeError, match="same scorer settings"):
+        plan(replace(recipe, mixers=mixers_by_name, layers=LayerPlan(pattern="F A F B")))
+
+
+def test_the_read_back_goes_past_windows_and_budgets(project):
+    prompts = export_module.check_prompts(plan(tiny_recipe(project)))
+    assert max(map(len, prompts)) > 14 + 8
+    assert prompts == export_module.check_prompts(plan(tiny_recipe(project)))
+
+
+def test_a_padded_prompt_wants_its_mask_from_then_on(project):
+    model = load_hybrid(project / "converted", dtype=torch.float32)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :7] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(TOKENS, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(UsageError, match="no attention mask says where"):
+            model(TOKENS[:, :1], past_key_values=cache)
+        longer = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), dim=1)
+        model(TOKENS[:, :1], attention_mask=longer, past_key_values=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +27,11 @@ class MixerConfig:
         """Raises RecipeError `<mixer>.<key>: <message>` unless `condition` holds."""
         if not condition:
             raise RecipeError(message, where=f"{self.name}.{key}")
+
+    @property
+    def shared_over_layers(self) -> Hashable | None:
+        """What layers that share parts of their mixers must agree in; None: this mixer shares nothing."""
+        return None
 
     def misfits(self, geometry: AttentionGeometry, layer_index: int) -> list[str]:
         """Reasons why this configuration cannot replace that layer of that model; empty when it can."""

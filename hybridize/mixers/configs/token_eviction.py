@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -68,6 +69,12 @@ class TokenEvictionConfig(MixerConfig):
     l1_max: float = 1.0
     l1_every_steps: int = 32
     l1_initial_steps: int = 0
+
+    @property
+    def shared_over_layers(self) -> Hashable | None:
+        if self.scorer_sharing != "model":
+            return None
+        return (self.score, self.scorer_kernel, self.scorer_dilation, self.scorer_layers, self.scorer_dropout)
 
     def __post_init__(self) -> None:
         for key in ("scorer_kernel", "scorer_dilation", "scorer_layers", "l1_every_steps"):
