@@ -99,7 +99,7 @@ def training_section(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         speeds = [float(row["tokens_per_s"]) for row in rows if "tokens_per_s" in row]
         speed = f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-"
         lines.append(
-            f"| {name} | {rows[-1]['step'] - rows[0]['step'] + 1} | {sparkline(losses, 24)} "
+            f"| {name} | {rows[-1]['stage_step']} | {sparkline(losses, 24)} "
             f"| {losses[0]:.4g} | {losses[-1]:.4g} | {speed} |"
         )
     if not lines:

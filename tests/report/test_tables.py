@@ -76,9 +76,9 @@ def test_samples_cannot_leave_their_fence() -> None:
 
 
 def test_training_is_told_by_stage() -> None:
-    rows = [{"step": step, "loss": 4.0 - step, "tokens_per_s": 100.0 * step} for step in (1, 2, 3)]
+    rows = [{"step": 50 + 10 * n, "stage_step": 10 * n, "loss": 4.0 - n, "tokens_per_s": 100.0 * n} for n in (1, 2, 3)]
     line = training_section({"align": rows}).splitlines()[-1]
-    assert line == "| align | 3 | █▅▁ | 3 | 1 | 200 |"
+    assert line == "| align | 30 | █▅▁ | 3 | 1 | 200 |"
     assert training_section({}) == ""
 
 
