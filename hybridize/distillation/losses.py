@@ -29,6 +29,10 @@ class Head:
     weight: Tensor
     bias: Tensor | None = None
 
+    def detached(self) -> Head:
+        """The same numbers without gradient."""
+        return Head(self.hidden.detach(), self.weight.detach(), None if self.bias is None else self.bias.detach())
+
 
 def relative_error(out: Tensor, target: Tensor) -> Tensor:
     """||out - target||² / ||target||² over all elements; 1 for an output of zeros."""
@@ -55,15 +59,32 @@ def _summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, l
 
 
 def distillation_terms(
-    settings: Loss, student: Head, teacher: Head, tokens: Tensor
+    settings: Loss, student: Head, teacher: Head, tokens: Tensor, *, measure: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of a stage's losses, and each of them without gradient.
 
+    Args:
+        measure: take the divergence and the agreement although the stage does not learn from them.
+
     Returns:
-        the loss without the mixers' own terms, and "kl" and "agreement" (always measured), "hidden" and
-        "cross_entropy" (where their weight is not zero).
+        the loss without the mixers' own terms, and what was taken: "kl" and "agreement" (where "kl" has a weight or
+        `measure` asks for it), "hidden" and "cross_entropy" (where their weight is not zero).
     """
-    divergence, agreement = distillation_loss(
+    terms: dict[str, Tensor] = {}
+    measured: dict[str, Tensor] = {}
+    if settings.kl or measure:
+        learner = student if settings.kl else student.detached()  # its gradient costs a product with the vocabulary
+        terms["kl"], measured["agreement"] = _divergence(settings, learner, teacher)
+    if settings.hidden:
+        terms["hidden"] = relative_error(student.hidden, teacher.hidden)
+    if settings.cross_entropy:
+        terms["cross_entropy"] = cross_entropy(student, tokens)
+    weighted = [getattr(settings, name) * term for name, term in terms.items() if getattr(settings, name)]
+    return torch.stack(weighted).sum(), {name: term.detach() for name, term in (terms | measured).items()}
+
+
+def _divergence(settings: Loss, student: Head, teacher: Head) -> tuple[Tensor, Tensor]:
+    return distillation_loss(
         student.hidden,
         teacher.hidden,
         student.weight,
@@ -73,11 +94,3 @@ def distillation_terms(
         student_bias=student.bias,
         teacher_bias=teacher.bias,
     )
-    terms = {"kl": divergence}
-    if settings.hidden:
-        terms["hidden"] = relative_error(student.hidden, teacher.hidden)
-    if settings.cross_entropy:
-        terms["cross_entropy"] = cross_entropy(student, tokens)
-    weighted = [getattr(settings, name) * term for name, term in terms.items() if getattr(settings, name)]
-    measured = {name: term.detach() for name, term in terms.items()}
-    return torch.stack(weighted).sum(), measured | {"agreement": agreement.detach()}

@@ -155,7 +155,7 @@ class Distil:
         student = Head(hidden, model.lm_head.weight, model.lm_head.bias)
         head = self.teacher.model.lm_head
         teacher = Head(teacher_hidden, head.weight, head.bias)
-        loss, measured = distillation_terms(self.stage.objective, student, teacher, tokens)
+        loss, measured = distillation_terms(self.stage.objective, student, teacher, tokens, measure=measure)
         found: dict[str, list[Tensor]] = {}
         for _, mixer in self.student.mixers:
             for name, value in mixer.auxiliary.items():

@@ -11,6 +11,7 @@ from torch.nn import functional
 from hybridize.distillation.losses import Head, cross_entropy, distillation_terms, relative_error
 from hybridize.distillation.schedule import learning_rate_factor, learning_rates, ramp_progress
 from hybridize.recipe.schema import Loss, Ramp, Stage
+from hybridize_kernels import distillation_loss
 
 
 def heads() -> tuple[Head, Head, torch.Tensor]:
@@ -64,6 +65,29 @@ def test_unweighted_divergence_is_measured_but_not_learnt() -> None:
     torch.testing.assert_close(loss.detach(), measured["cross_entropy"])
     assert measured["kl"] > 0
     assert "hidden" not in measured
+
+
+def test_unweighted_divergence_has_no_gradient_and_is_taken_only_to_be_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, teacher, tokens = heads()
+    asked = []
+
+    def spy(hidden: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(hidden.requires_grad)
+        return distillation_loss(hidden, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("hybridize.distillation.losses.distillation_loss", spy)
+    adapt = Loss(kl=0.0, cross_entropy=1.0)
+    with_kl, _ = distillation_terms(adapt, student, teacher, tokens, measure=True)
+    assert asked == [False]
+    without, measured = distillation_terms(adapt, student, teacher, tokens, measure=False)
+    assert asked == [False]
+    assert set(measured) == {"cross_entropy"}
+    assert torch.equal(with_kl, without)
+    _, measured = distillation_terms(Loss(), student, teacher, tokens, measure=False)
+    assert asked == [False, True]
+    assert set(measured) == {"kl", "agreement"}
 
 
 def test_same_model_agrees_with_itself() -> None:
