@@ -19,6 +19,7 @@ from hybridize.checkpoint.source import CheckpointSource, resolve_source
 from hybridize.checkpoint.verify import (
     VerifyReport,
     WeightScan,
+    has_our_manifest,
     require_usable_weights,
     scan_finite,
     scan_tensors,
@@ -38,6 +39,7 @@ __all__ = [
     "check_folder",
     "check_tensors",
     "fault_point",
+    "has_our_manifest",
     "load_state",
     "load_tensors",
     "read_config",

@@ -105,7 +105,7 @@ def require_usable_weights(
         NumbersError: NaN or Inf, by tensor name.
         CheckpointError: files that differ from the manifest, or most matrices zero throughout: the bodies were lost.
     """
-    if source.gguf_file is None and _has_our_manifest(source.path):
+    if source.gguf_file is None and has_our_manifest(source.path):
         # Other files may lie beside the model: nobody reads them.
         manifest, beside = read_manifest(source.path), folder_files(source.path)
         differences = compare_with_manifest(source.path, manifest, allow_extra=beside)
@@ -157,7 +157,8 @@ def _verify_weights(folder: Path, finite: bool) -> tuple[int, tuple[str, ...]]:
     return scan.num_tensors, scan.warnings
 
 
-def _has_our_manifest(folder: Path) -> bool:
+def has_our_manifest(folder: Path) -> bool:
+    """Whether the folder holds a manifest that hybridize wrote; teachers may carry a manifest.json of their own."""
     path = folder / MANIFEST_FILE
     return (
         path.exists() and read_json_object(folder, MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES).get("format") == FORMAT
