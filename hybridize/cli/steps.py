@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from hybridize.checkpoint import FolderLock, read_manifest
 from hybridize.errors import CheckpointError, HybridizeError, UsageError
+from hybridize.files import write_whole
 from hybridize.plan import ConversionPlan
 from hybridize.progress import Reporter
 from hybridize.recipe.documents import local_files
@@ -108,14 +108,27 @@ def export_step(recipe: Recipe, run: Path, *, reporter: Reporter) -> Path:
     return export(run, folder, settings=recipe.export, overwrite=folder.exists(), reporter=reporter)
 
 
+def finished_results(path: Path, model: Path) -> dict[str, Any] | None:
+    """The results in `path` if they are whole, no probe failed, and they are of `model` as it stands there now."""
+    from hybridize.evaluation.results import contents_sha256, failed_probes
+    from hybridize.report.results import read_results
+
+    try:
+        found = dict(read_results(path))
+        of_this_model = found["model"]["contents_sha256"] == contents_sha256(model)
+        return found if of_this_model and not failed_probes(found) else None
+    except (UsageError, LookupError, TypeError, AttributeError):  # none, damaged, or of another version
+        return None
+
+
 def evaluate_step(
     recipe: Recipe, run: Path, lock: Lock, *, model: Path, teacher: str, offline: bool, reporter: Reporter
 ) -> dict[str, Any]:
     """RUN/results.json."""
     path = run / RESULTS
-    if path.is_file():
+    found = finished_results(path, model)
+    if found is not None:
         reporter.note(f"{path}: evaluated already")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     from hybridize.evaluation.runner import evaluate
 
@@ -165,9 +178,6 @@ def _remove_ours(run: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """In one step, and only if it changes something."""
-    if path.is_file() and path.read_bytes() == data:
-        return
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    """Whole or not at all, and only if it changes something."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_whole(path, data)

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybridize.checkpoint import has_our_manifest, read_manifest, sha256_bytes
 from hybridize.checkpoint.resources import resource_errors
 from hybridize.files import write_whole
 
 SCHEMA = "hybridize/results/1"
 """Name and version of the form; the number grows when a reader of the old one would misread the new."""
+
+_CONTENTS = (".safetensors", ".json", ".model")
 
 
 def write_results(results: Mapping[str, Any], out: Path) -> None:
@@ -24,6 +27,16 @@ def write_results(results: Mapping[str, Any], out: Path) -> None:
     with resource_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, text)
+
+
+def contents_sha256(folder: Path) -> str | None:
+    """What was measured, as one SHA-256 of the manifest's records of weights, settings and tokenizer; None for a folder
+    that has no manifest of ours. The card, which is written anew with the results in it, is left out."""
+    if not has_our_manifest(folder):
+        return None
+    files = read_manifest(folder).files.items()
+    lines = [f"{name}\0{file.sha256}\n" for name, file in sorted(files) if name.endswith(_CONTENTS)]
+    return sha256_bytes("".join(lines).encode())
 
 
 def failed_probes(results: Mapping[str, Any]) -> list[str]:

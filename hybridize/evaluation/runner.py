@@ -10,7 +10,7 @@ from hybridize.errors import UsageError
 from hybridize.evaluation.device import pick_device, pick_dtype
 from hybridize.evaluation.probes import Probes
 from hybridize.evaluation.provenance import model_record, provenance
-from hybridize.evaluation.results import SCHEMA, write_results
+from hybridize.evaluation.results import SCHEMA, contents_sha256, write_results
 from hybridize.model.load import load_any, load_tokenizer
 from hybridize.progress import SILENT, Reporter
 from hybridize.recipe.documents import Document, held_out_documents, read_documents
@@ -69,7 +69,10 @@ def evaluate(
     tokenizer = load_tokenizer(model_folder, offline=offline)
     results = {
         "schema": SCHEMA,
-        "model": model_record(str(model_folder), offline=offline),
+        "model": {
+            **model_record(str(model_folder), offline=offline),
+            "contents_sha256": contents_sha256(Path(model_folder)),
+        },
         "teacher": None if teacher is None else model_record(teacher, offline=offline),
         "provenance": provenance(
             settings=recipe_evaluate,
