@@ -80,11 +80,11 @@ def make_bill(
     trained = new + _trained_teacher_parameters(recipe, shapes, layers)
     element_bytes = ELEMENT_BYTES[dtype]
     checkpoint_bytes = (teacher + new) * element_bytes
-    run_bytes = export_bytes = 0
+    export_bytes = (teacher + new) * ELEMENT_BYTES[recipe.export.dtype]
+    run_bytes = 0
     if recipe.distill is not None:
         # One more than is kept: the newest is whole before the oldest goes.
         run_bytes = trained * _TRAINED_BYTES * (recipe.distill.keep_checkpoints + 1) + trained * 4
-        export_bytes = (teacher + new) * ELEMENT_BYTES[recipe.export.dtype]
     return Bill(
         teacher_parameters=teacher,
         new_parameters=new,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hybridize.cli.main import SECTIONS
+from hybridize.cli.shipped import shipped_recipes
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +53,15 @@ def test_every_command_has_examples_and_the_global_options(invoke: Invoke, name:
     assert f"hybridize {name}" in text.split("Examples:")[1]
     if name != "recipes":
         assert all(option in text for option in ("--json", "--quiet", "--offline", "--debug", "--no-color"))
+
+
+def test_recipes_of_the_examples_are_shipped() -> None:
+    names = set()
+    for command in (importlib.import_module(f"hybridize.cli.commands.{name}").command for name in COMMANDS):
+        for part in (command, *getattr(command, "commands", {}).values()):
+            names |= {word for example in part.examples for word in example.split() if re.search(r"\w--\w", word)}
+    assert names
+    assert names <= set(shipped_recipes())
 
 
 def test_version(invoke: Invoke) -> None:

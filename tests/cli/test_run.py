@@ -6,11 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from hybridize.checkpoint import FolderLock
+from hybridize.checkpoint import FolderLock, replace_in_manifest
 from tests.cli.conftest import Invoke
 
 
@@ -52,6 +55,85 @@ def test_what_is_missing_is_made_again(invoke: Invoke, finished: Path, recipe: P
     assert {name: stamp for name, stamp in stamps(run).items() if name in before} == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda results: "{torn",
+        lambda results: json.dumps(results | {"schema": "hybridize/results/0"}),
+        lambda results: json.dumps(
+            results | {"probes": results["probes"] | {"samples": {"status": "failed", "reason": "out of memory"}}}
+        ),
+        lambda results: json.dumps(results | {"model": results["model"] | {"contents_sha256": "0" * 64}}),
+    ],
+    ids=["torn", "another form", "failed probe", "another model"],
+)
+def test_results_that_are_not_whole_or_of_another_model_are_measured_again(
+    invoke: Invoke, finished: Path, recipe: Path, tmp_path: Path, change: Callable[[dict[str, Any]], str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(change(before))
+    result = invoke("run", recipe, "--out", run)
+    assert result.code == 0, result
+    assert "evaluated already" not in result.err
+    after = json.loads((run / "results.json").read_text())
+    assert after["model"]["contents_sha256"] == before["model"]["contents_sha256"]
+    assert all(probe["status"] == "ok" for probe in after["probes"].values())
+
+
+def test_eval_takes_the_recipes_seed(invoke: Invoke, finished: Path, recipe: Path, project: Path) -> None:
+    arguments = ("eval", finished / "converted", "--recipe", recipe, "--probe", "perplexity", "--alone", "--json", "-q")
+    seeds = [
+        invoke(*arguments, *more).json["results"]["provenance"]["seed"]
+        for more in ((), ("--set", "seed=5"), ("--set", "seed=5", "--seed", "0"))
+    ]
+    assert seeds == [0, 5, 0]
+
+
+def test_generate_continues_after_the_prompt_and_not_after_an_end(finished: Path, tmp_path: Path) -> None:
+    """Some tokenizers end every text; and 0 is a token like others."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    from hybridize.cli.output import Output
+    from hybridize.cli.talk import Sampling, Talker
+
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "converted", folder)
+    talker = Talker(str(folder), Sampling(4), dtype="float32", output=Output(verbosity=-1, as_json=True), offline=True)
+    expected = talker.complete("the sea")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token
+    inner = tokenizer.backend_tokenizer
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    inner.save(str(folder / "tokenizer.json"))
+    replace_in_manifest(folder, ["tokenizer.json"])
+    ending = Talker(str(folder), Sampling(4), dtype="float32", output=Output(verbosity=-1, as_json=True), offline=True)
+    assert ending.tokenizer("the sea")["input_ids"][-1] == tokenizer.eos_token_id
+    said = ending.complete("the sea")
+    assert (said["text"], said["prompt_tokens"]) == (expected["text"], expected["prompt_tokens"])
+
+
+@pytest.mark.parametrize(("pad", "eos", "chosen"), [(0, 2, 0), (None, 0, 0), (None, 2, 2), (3, 2, 3), (None, None, 0)])
+def test_the_pad_token_may_be_number_0(pad: int | None, eos: int | None, chosen: int) -> None:
+    from hybridize.cli.talk import _pad_id
+
+    assert _pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == chosen
+
+
+def test_verify_of_a_teacher_with_a_manifest_of_its_own(invoke: Invoke, project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(project / "teacher", folder)
+    (folder / "manifest.json").write_text(json.dumps({"format": "another", "files": []}))
+    result = invoke("verify", folder, "--json")
+    assert result.code == 0, result.err
+    assert result.json["manifest"] is None
+    assert result.json["tensors"] > 0
+
+
 def test_a_changed_recipe_is_refused(invoke: Invoke, finished: Path, recipe: Path) -> None:
     before = stamps(finished)
     result = invoke("run", recipe, "--out", finished, "--set", "distill.stages.1.steps=9", "--json")
@@ -69,7 +151,7 @@ def test_overwrite_starts_anew_and_leaves_foreign_files(
     changes = ("--set", "distill=null", "--set", "evaluate.samples=null")
     result = invoke("-q", "run", recipe, "--out", run, "--overwrite", *changes, "--json")
     assert result.code == 0, result
-    assert result.json["model"] == str(run / "converted")
+    assert result.json["model"] == str(run / "export")  # nothing was trained, and it is exported all the same
     assert (run / "notes.txt").read_text() == "mine"
     assert not (run / "distill").exists()
 
@@ -174,6 +256,7 @@ def test_chat_keeps_the_conversation(
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    replace_in_manifest(folder, ["tokenizer_config.json"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever\n"))
     result = invoke("generate", folder, "--chat", "--max-new-tokens", 3, "-q")
     assert result.code == 0, result.err

@@ -30,7 +30,7 @@ PROBES = ("perplexity", "recall", "agreement", "samples")
 @click.option("--alone", is_flag=True, help="Measure the model without a teacher.")
 @click.option("--probe", "probes", multiple=True, type=click.Choice(PROBES), help="Only this probe (repeat).")
 @click.option("--gate", "gates", multiple=True, metavar="CONDITION", help="Exit 7 unless it holds (repeat).")
-@click.option("--seed", type=int, default=0, help="Seed of needles and keys.")
+@click.option("--seed", type=int, help="Seed of needles and keys; default: the recipe's, or 0.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results.json here.")
 @click.option("--overwrite", is_flag=True, help="Replace the file given with --out.")
 def command(
@@ -43,7 +43,7 @@ def command(
     alone: bool,
     probes: tuple[str, ...],
     gates: tuple[str, ...],
-    seed: int,
+    seed: int | None,
     out: Path | None,
     overwrite: bool,
 ) -> None:
@@ -82,7 +82,7 @@ def command(
         base=Path() if texts or recipe is None or recipe.origin is None else recipe.origin.base,
         out=out,
         reporter=settings.output.reporter(),
-        seed=seed,
+        seed=seed if seed is not None else recipe.seed if recipe else 0,
         offline=settings.offline,
         recipe_sha256=recipe_sha256(recipe) if recipe else None,
         command="hybridize eval",

@@ -16,7 +16,7 @@ from hybridize.cli.options import read_recipe, recipe_argument
     examples=(
         "hybridize plan recipe.yaml",
         "hybridize plan recipe.yaml --set mixers.T.window_tokens=512",
-        "hybridize plan llama-3.2-1b--half-linear --model ./my-llama --json",
+        "hybridize plan llama-3.2-1b--linear-and-eviction --model ./my-llama --json",
     ),
 )
 @recipe_argument

@@ -49,10 +49,10 @@ def command(
     reporter = output.reporter()
     with steps.new_run_or_none(out):
         lock = steps.open_run(out, recipe, made, overwrite=overwrite)
-        final = steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
+        steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
     if recipe.distill is not None and recipe.data is not None:
         steps.distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
-        final = steps.export_step(recipe, out, reporter=reporter)
+    final = steps.export_step(recipe, out, reporter=reporter)
     results = steps.evaluate_step(
         recipe, out, lock, model=final, teacher=made.teacher, offline=settings.offline, reporter=reporter
     )
