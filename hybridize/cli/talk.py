@@ -44,11 +44,12 @@ class Talker:
         import torch
 
         from hybridize.model.load import load_any, load_tokenizer
+        from hybridize.model.precision import computes_bfloat16
 
         self.sampling = sampling
         self.output = output
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        auto = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        auto = torch.bfloat16 if computes_bfloat16(torch.device(device)) else torch.float32
         chosen = auto if dtype == "auto" else getattr(torch, dtype)
         with output.reporter().task("loading", None):
             # The model first: it registers the hybrid's classes, without which transformers would ask on the terminal
@@ -60,8 +61,13 @@ class Talker:
 
     def complete(self, prompt: str) -> dict[str, Any]:
         """Continues a text."""
+        import torch
+
+        from hybridize.evaluation.generation import prompt_ids
+
         self.output.write(prompt)
-        return self._generate(self.tokenizer(prompt, return_tensors="pt"))
+        tokens = torch.tensor([prompt_ids(self.tokenizer, prompt)])
+        return self._generate({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
     def answer(self, question: str) -> dict[str, Any]:
         """Answers in the conversation so far.
@@ -97,7 +103,7 @@ class Talker:
                 input_ids=tokens,
                 attention_mask=mask,
                 streamer=Stream(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+                pad_token_id=_pad_id(self.tokenizer),
                 **self.sampling.arguments(),
             )
         seconds = time.perf_counter() - started
@@ -109,3 +115,11 @@ class Talker:
             "new_tokens": len(new),
             "seconds": seconds,
         }
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """The pad token, else the end token, else 0; either may have the number 0."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
