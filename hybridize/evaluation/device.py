@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from hybridize.model.precision import computes_bfloat16
 from hybridize.recipe.schema import Precision
 
 
@@ -18,13 +17,4 @@ def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type that `precision` asks for; auto is bf16 where the device multiplies it natively, else fp32."""
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = any(_cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of the processor; older versions tell nothing, and fp32 is right everywhere."""
-    return getattr(torch.cpu, "get_capabilities", dict)()  # type: ignore[no-any-return]
+    return torch.bfloat16 if computes_bfloat16(device) else torch.float32

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from hybridize.cli.output import Output
+from hybridize.cli.talk import Sampling, Talker
+from hybridize.distillation.run import use_bfloat16
 from hybridize.errors import ResourceError, UsageError
 from hybridize.evaluation import runner
 from hybridize.evaluation.device import pick_dtype
 from hybridize.evaluation.provenance import without_home
 from hybridize.evaluation.results import write_results
 from hybridize.evaluation.runner import evaluate
+from hybridize.model.precision import computes_bfloat16
 from hybridize.recipe.documents import Document
 from hybridize.recipe.schema import AgreementProbe, Data, Evaluate, PerplexityProbe, SamplesProbe, TextSource
 from tests.tiny import tiny_teacher
@@ -136,5 +140,41 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_dtype("auto", cpu) is torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
     assert pick_dtype("auto", cpu) is torch.float32
+    assert pick_dtype("auto", torch.device("meta")) is torch.float32
     monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert pick_dtype("auto", cpu) is torch.bfloat16
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, probe)
     assert pick_dtype("auto", cpu) is torch.float32
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_one_answer_to_which_type_is_auto(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": native}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # With emulation every GPU would say yes.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    for device in (cpu, cuda):
+        assert computes_bfloat16(device) is native
+        assert use_bfloat16("auto", device) is native
+        assert (pick_dtype("auto", device) is torch.bfloat16) is native
+    assert use_bfloat16("bfloat16", cpu)
+    assert not use_bfloat16("float32", cpu)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_talking_uses_the_same_type(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    asked = []
+
+    def load(model: str, *, dtype: torch.dtype, offline: bool) -> torch.nn.Module:
+        asked.append(dtype)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr("hybridize.model.load.load_any", load)
+    monkeypatch.setattr("hybridize.model.load.load_tokenizer", lambda model, offline: None)
+    monkeypatch.setattr("hybridize.model.precision.computes_bfloat16", lambda device: native)
+    Talker("model", Sampling(), dtype="auto", output=Output(), offline=True)
+    assert asked == [torch.bfloat16 if native else torch.float32]
