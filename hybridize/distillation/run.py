@@ -15,13 +15,15 @@ from hybridize.checkpoint import AtomicFolder, FolderLock, read_manifest
 from hybridize.distillation.data import PackedSequences
 from hybridize.distillation.lora import Student, save_adapter, share_frozen_weights, wrap
 from hybridize.distillation.metrics import MetricsFile
+from hybridize.distillation.processes import any_process, seed_process
 from hybridize.distillation.run_state import RunState
 from hybridize.distillation.settings import begin_or_compare, pinned_data, run_settings
 from hybridize.distillation.signals import StopRequest, stop_requests
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
-from hybridize.errors import CheckpointError, RecipeError
+from hybridize.errors import CheckpointError, RecipeError, StoppedError
 from hybridize.model.load import load_hybrid, load_teacher, load_tokenizer
+from hybridize.model.precision import computes_bfloat16
 from hybridize.plan import ConversionPlan
 from hybridize.progress import SILENT, Reporter
 from hybridize.recipe.schema import Data, Distill, Precision, Recipe
@@ -56,7 +58,7 @@ def distill(
     Raises:
         RecipeError: no data or stages, or the settings are not those that the run began with.
         UsageError: another process trains in this run.
-        StoppedError: a signal came and the state is saved. InterruptedError_: before there was any.
+        StoppedError: a signal came and the state, or the adapter, is saved. InterruptedError_: before there was any.
         NumbersError: a loss or gradient is not finite.
     """
     if recipe.data is None or recipe.distill is None:
@@ -76,6 +78,8 @@ def distill(
         if not _is_finished(adapter, identity):
             job = Job(recipe.distill, pinned, plan, run, base, offline, identity)
             _train(job, accelerator, reporter, stop)
+        if any_process(accelerator, bool(stop)):  # came after the last step: what follows would not hear of it
+            raise StoppedError(f"Stopped by {stop.name}; the training is complete.")
     return adapter
 
 
@@ -98,6 +102,7 @@ def _train(job: Job, accelerator: Accelerator, reporter: Reporter, stop: StopReq
     mixed = use_bfloat16(distill.precision, accelerator.device)
     converted = job.run / "converted"
     student, teacher = load_pair(converted, job.plan, distill, mixed, accelerator.device, job.offline)
+    seed_process(accelerator, seed)
     sequences = PackedSequences.from_recipe(
         job.data,
         load_tokenizer(converted),
@@ -116,7 +121,7 @@ def _train(job: Job, accelerator: Accelerator, reporter: Reporter, stop: StopReq
     metrics = MetricsFile(folder / "metrics.jsonl", resume_step) if accelerator.is_main_process else None
     try:
         Trainer(
-            distill, job.data, student, teacher, sequences, state, metrics, accelerator, mixed, reporter, stop
+            distill, job.data, student, teacher, sequences, state, metrics, accelerator, mixed, reporter, stop, seed
         ).train(snapshot)
     finally:
         if metrics is not None:
@@ -125,6 +130,8 @@ def _train(job: Job, accelerator: Accelerator, reporter: Reporter, stop: StopReq
         provenance = {"settings": job.identity, "model": job.plan.model, "teacher": job.plan.fingerprint}
         with AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance) as out:
             save_adapter(student, out)
+        for report in folder.glob("failure*.json"):  # of an earlier attempt
+            report.unlink()
     accelerator.wait_for_everyone()
 
 
@@ -136,10 +143,7 @@ def load_pair(
     frozen_dtype = torch.bfloat16 if mixed else torch.float32
     # What is trained starts from the checkpoint's own digits; only the frozen rest is rounded.
     student = wrap(load_hybrid(converted, dtype=dtype).to(device), distill.lora, frozen_dtype=frozen_dtype)
-    spec = plan.model
-    if plan.revision is not None and "@" not in spec:
-        spec = f"{spec}@{plan.revision}"
-    teacher = Teacher(load_teacher(spec, dtype=dtype, offline=offline).to(device=device, dtype=frozen_dtype))
+    teacher = Teacher(load_teacher(plan.teacher, dtype=dtype, offline=offline).to(device=device, dtype=frozen_dtype))
     share_frozen_weights(student, teacher.model)
     return student, teacher
 
@@ -148,9 +152,7 @@ def use_bfloat16(precision: Precision, device: torch.device) -> bool:
     """Whether forward and backward run in bfloat16: as said, or where the device computes it natively."""
     if precision != "auto":
         return precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return computes_bfloat16(device)
 
 
 def seed_everything(seed: int) -> None:

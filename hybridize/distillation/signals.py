@@ -20,6 +20,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    @property
+    def name(self) -> str:
+        """Of the signal, for a sentence; it may have reached another process."""
+        return "a signal" if self.signal is None else self.signal.name
+
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:

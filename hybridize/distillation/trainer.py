@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from hybridize.checkpoint import fault_point
 from hybridize.distillation.data import Batch, PackedSequences
+from hybridize.distillation.failure import failure_name, first_bad_layer, random_digests, write_failure
 from hybridize.distillation.lora import Student
 from hybridize.distillation.metrics import MetricsFile
+from hybridize.distillation.processes import any_process, gather_random_states, restore_random_state
 from hybridize.distillation.run_state import (
     Progress,
     RunState,
@@ -54,6 +56,7 @@ class Trainer:
         accelerator: an `accelerate.Accelerator`: the device, the processes, and what is summed over them.
         mixed: forward and backward in bfloat16.
         stop: asks for a save and an end at the next step edge.
+        seed: that the processes' own randomness starts from.
     """
 
     distill: Distill
@@ -67,6 +70,7 @@ class Trainer:
     mixed: bool
     reporter: Reporter
     stop: StopRequest
+    seed: int
     progress: Progress = field(init=False)
     saved_step: int = field(init=False, default=0)
     _resumed: Snapshot | None = field(init=False, default=None)
@@ -175,7 +179,8 @@ class Trainer:
             gradients = [parameter.grad for parameter in group if parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             if not math.isfinite(norm):
-                self._fail(f"The gradient of {self._first_bad_gradient()} is not finite", stage, micros)
+                name = self._first_bad_gradient()
+                self._fail(f"The gradient of {name} is not finite", stage, micros, {"parameter": name})
             nn.utils.clip_grads_with_norm_(group, stage.clip_norm, norm)
             norms.append(float(norm))
         return math.sqrt(sum(norm**2 for norm in norms))
@@ -202,16 +207,47 @@ class Trainer:
 
     def _require_finite_losses(self, measured: dict[str, float], stage: Stage, micros: Sequence[Micro]) -> None:
         bad = [name for name, value in measured.items() if not math.isfinite(value)]
+        failed = any_process(self.accelerator, bool(bad))  # else the others would wait for this one
         if bad:
             bad.sort(key=lambda name: name in ("loss", "error"))  # sums and means say less than their parts
-            self._fail(f"{bad[0].replace('_', ' ').capitalize()} is not finite ({measured[bad[0]]})", stage, micros)
+            what = f"{bad[0].replace('_', ' ').capitalize()} is not finite ({measured[bad[0]]})"
+            self._fail(what, stage, micros, {"losses": measured})
+        if failed:
+            where = f"stage {stage.name}, step {self.progress.stage_step + 1}"
+            raise NumbersError("A loss in another process is not finite; that process says which.", where=where)
 
-    def _fail(self, what: str, stage: Stage, micros: Sequence[Micro]) -> None:
+    def _fail(self, what: str, stage: Stage, micros: Sequence[Micro], found: dict[str, Any]) -> None:
+        """Writes all that is known to a file beside the checkpoints, and raises the part that fits a sentence."""
         documents = list(dict.fromkeys(identity for micro in micros for identity in micro.batch.documents))
+        path = self.state.folder.parent / failure_name(self.accelerator.process_index)
+        digests = random_digests()
+        layer = None
+        if "parameter" not in found:
+            named = [name for name, value in found["losses"].items() if not math.isfinite(value)]
+            layers = [int(name.removeprefix("layer_")) for name in named if name.startswith("layer_")]
+            layer = layers[0] if layers else self._first_bad_layer(micros)
+        facts = {
+            "what": what,
+            "stage": stage.name,
+            "stage_step": self.progress.stage_step + 1,
+            "step": self.progress.step + 1,
+            "layer": layer,
+            **found,
+            "documents": documents,
+            "learning_rates": learning_rates(stage, self.progress.stage_step),
+            "random_states": digests,
+        }
+        write_failure(path, facts)
         shown = ", ".join(documents[:4]) + (f" and {len(documents) - 4} more" if len(documents) > 4 else "")
         where = f"stage {stage.name}, step {self.progress.stage_step + 1}"
-        hint = "Lower the learning rate, or look at the documents; the state saved before this step is untouched."
+        file = f"{path.parent.name}/{path.name}"
+        hint = f"See {file}; lower the learning rate, or look at the documents. The state saved before is untouched."
         raise NumbersError(f"{what}; the batch holds {shown}.", where=where, hint=hint)
+
+    def _first_bad_layer(self, micros: Sequence[Micro]) -> int | None:
+        """Of the student as it is now."""
+        with self._autocast():
+            return first_bad_layer(self.student.model, [micro.batch.tokens for micro in micros])
 
     # Progress, saving, stopping.
 
@@ -259,11 +295,13 @@ class Trainer:
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        others = gather_random_states(self.accelerator) if self.saved_step < self.progress.step else {}
         if self.metrics is not None and self.saved_step < self.progress.step:
             trained = self.student.trained()
             names = {id(parameter): name for name, parameter in trained.items()}
             tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained.items()}
             tensors |= {f"buffer.{name}": buffer for name, buffer in self.student.buffers.items()}
+            tensors |= others
             stage_goes_on = self.progress.stage_step > 0  # the next stage begins with a new optimiser
             self.metrics.sync()
             self.state.save(self.progress, tensors | (optimizer_tensors(optimizer, names) if stage_goes_on else {}))
@@ -275,6 +313,7 @@ class Trainer:
         self.saved_step = snapshot.progress.step
         self.sequences.load_state_dict(snapshot.progress.data)
         restore_random_states(snapshot.random_states, snapshot.tensors)
+        restore_random_state(self.accelerator, snapshot.tensors, self.seed)
         own: dict[str, Tensor] = {f"model.{name}": p for name, p in self.student.trained().items()}
         own |= {f"buffer.{name}": buffer for name, buffer in self.student.buffers.items()}
         with torch.no_grad():
@@ -283,13 +322,9 @@ class Trainer:
         self._resumed = snapshot
 
     def _stop_if_asked(self, optimizer: torch.optim.Optimizer) -> None:
-        asked = bool(self.stop)
-        if self.accelerator.num_processes > 1:  # a signal may reach the processes in different steps
-            flag = torch.tensor(float(asked), device=self.accelerator.device)
-            asked = bool(self.accelerator.reduce(flag, "sum"))
-        if not asked:
+        if not any_process(self.accelerator, bool(self.stop)):  # it may reach the processes in different steps
             return
-        name = self.stop.signal.name if self.stop.signal is not None else "a signal"
+        name = self.stop.name
         if self.progress.step == 0:
             raise InterruptedError_(f"Stopped by {name} before the first step.", hint="Run the same command to begin.")
         self._save(optimizer)

@@ -174,6 +174,18 @@ def test_signal_saves_and_stops(
     assert_same(again(run), reference)
 
 
+def test_signal_in_the_last_step_is_heard_after_the_adapter(
+    run: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", signal_in_step(signal.SIGTERM, 7))
+        with pytest.raises(StoppedError, match=r"Stopped by SIGTERM; the training is complete\.") as caught:
+            again(run)
+    assert caught.value.exit_code == 75
+    assert_same(run / "distill", reference)
+    assert_same(again(run), reference)
+
+
 def test_signal_before_the_first_step(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train_with_signal(self: Trainer, stage: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -296,7 +308,21 @@ def test_loss_that_is_not_finite(
             again(run)
     assert caught.value.exit_code == 6
     assert all(part in str(caught.value) for part in says)
+    assert "distill/failure.json" in str(caught.value)
+    text = (run / "distill" / "failure.json").read_text()
+    failure = json.loads(text)
+    assert (failure["stage"], failure["stage_step"]) == (says[1].split()[1][:-1], 1)
+    assert failure["step"] == (1 if failure["stage"] == "align" else 4)
+    assert failure["layer"] == (2 if failure["stage"] == "align" else None)  # in distill it is the teacher that errs
+    assert "nan" in failure["losses"].values()
+    assert failure["documents"]
+    assert all(name.startswith("text/") for name in failure["documents"])
+    assert failure["learning_rates"]["mixers"] == pytest.approx(5e-3 if failure["stage"] == "align" else 1e-2)
+    assert {"python", "numpy", "torch"} <= set(failure["random_states"])
+    assert all(len(digest) == 64 for digest in failure["random_states"].values())
+    assert str(run.parent) not in text
     assert_same(again(run), reference)
+    assert not (run / "distill" / "failure.json").exists()
 
 
 def test_gradient_that_is_not_finite(run: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,4 +340,20 @@ def test_gradient_that_is_not_finite(run: Path, reference: Path, monkeypatch: py
         with pytest.raises(NumbersError, match=r"gradient of .*layers\.1\.self_attn\.v_proj\.lora_B") as caught:
             again(run)
     assert caught.value.where == "stage distill, step 1"
+    failure = json.loads((run / "distill" / "failure.json").read_text())
+    assert failure["parameter"].endswith("layers.1.self_attn.v_proj.lora_B.default.weight")
     assert_same(again(run), reference)
+
+
+def test_first_bad_layer_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer._step
+
+    def with_bad_weight(self: Trainer, stage: Any, *args: Any) -> dict[str, float]:
+        if stage.kind == "distill":
+            self.student.model.model.layers[1].mlp.down_proj.base_layer.weight.data.fill_(float("nan"))
+        return step(self, stage, *args)
+
+    monkeypatch.setattr(Trainer, "_step", with_bad_weight)
+    with pytest.raises(NumbersError):
+        again(run)
+    assert json.loads((run / "distill" / "failure.json").read_text())["layer"] == 1
