@@ -31,7 +31,7 @@ def gather_random_states(accelerator: Any) -> dict[str, Tensor]:
     own = {"torch": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         own["cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    states = {}
+    states: dict[str, Tensor] = {}
     for name, state in own.items():
         gathered = accelerator.gather(state.to(accelerator.device)[None])
         states |= {f"process.{rank}.{name}": gathered[rank].clone() for rank in range(1, accelerator.num_processes)}
