@@ -148,6 +148,12 @@ def test_shared_scorers_are_counted_once(tmp_path: Path) -> None:
     assert made.bill.new_parameters == made.layers[0].new_parameters(made.geometry)
 
 
+def test_the_export_is_on_the_bill_without_distillation_too(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path)
+    bill = make(folder, export={"dtype": "float32"}).bill
+    assert bill.disk_bytes == bill.checkpoint_bytes + 4 * (bill.teacher_parameters + bill.new_parameters)
+
+
 def test_teacher_windows_count_in_the_bill(tmp_path: Path) -> None:
     folder = config_folder(tmp_path, "mistral", sliding_window=1024, tie_word_embeddings=False)
     made = make(folder, "F F F G")
