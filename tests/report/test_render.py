@@ -21,7 +21,7 @@ from tests.report.synthetic import fail_probe, make_results
 @pytest.fixture
 def metrics(tmp_path: Path) -> Path:
     rows = [
-        {"stage": stage, "step": step, "loss": 10.0 / step, "tokens_per_s": 50.0}
+        {"stage": stage, "step": step, "stage_step": step - first + 1, "loss": 10.0 / step, "tokens_per_s": 50.0}
         for stage, first in (("align", 1), ("distill", 21))
         for step in range(first, first + 20)
     ]
