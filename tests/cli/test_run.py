@@ -43,6 +43,7 @@ def test_the_same_command_again_writes_nothing(invoke: Invoke, finished: Path, r
     assert result.json["results"]["probes"]["perplexity"]["status"] == "ok"
     assert "converted already" in result.err
     assert "exported already" in result.err
+    assert "evaluated already" in result.err  # the card that the first run wrote last changes no record that counts
 
 
 def test_what_is_missing_is_made_again(invoke: Invoke, finished: Path, recipe: Path, tmp_path: Path) -> None:
