@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybridize.distillation.settings import differences, pinned_data
 from hybridize.errors import RecipeError
 from hybridize.recipe.schema import Data, LayerPlan, Stage, TextSource
 from tests.distillation import runs
+from tests.tiny import tiny_teacher
 
 
 def test_differences_name_every_changed_value() -> None:
@@ -47,3 +49,21 @@ def test_stage_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No layer has a parameter") as caught:
         runs.distil(tmp_path, recipe)
     assert caught.value.where == "stage align"
+
+
+def test_teacher_is_the_one_that_was_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridize.distillation import run as module
+    from hybridize.plan import plan
+
+    asked = []
+
+    def load_teacher(spec: str, **options: object) -> object:
+        asked.append(spec)
+        return tiny_teacher()
+
+    recipe = runs.prepare(tmp_path)
+    pinned = replace(plan(recipe, offline=True), model="org/model@main", revision="1" * 40)
+    monkeypatch.setattr(module, "load_teacher", load_teacher)
+    assert recipe.distill is not None
+    module.load_pair(tmp_path / "run" / "converted", pinned, recipe.distill, False, torch.device("cpu"), True)
+    assert asked == [pinned.teacher] == ["org/model@" + "1" * 40]
