@@ -140,7 +140,7 @@ def signal_in_step(number: signal.Signals, wanted: int) -> Callable[..., dict[st
 
     def step_with_signal(self: Trainer, *args: Any) -> dict[str, float]:
         if self.progress.step + 1 == wanted:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return step(self, *args)
 
     return step_with_signal
@@ -188,7 +188,7 @@ def test_signal_in_the_last_step_is_heard_after_the_adapter(
 
 def test_signal_before_the_first_step(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train_with_signal(self: Trainer, stage: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "_set_gradient_checkpointing", train_with_signal)
     with pytest.raises(InterruptedError_) as caught:
@@ -202,9 +202,9 @@ def test_second_signal_ends_at_once() -> None:
         "import os, signal, sys, time\n"
         "from hybridize.distillation.signals import stop_requests\n"
         "with stop_requests() as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
         "    assert stop and stop.signal is signal.SIGTERM\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
         "    sys.exit(3)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == -signal.SIGTERM
