@@ -309,3 +309,12 @@ def test_memory_counts_the_file_when_the_dtype_changes(tmp_path: Path, dtype: st
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     program = bill.convert_memory_bytes - bill.checkpoint_bytes - (size if beside else 0)
     assert program == 450 * 2**20
+
+
+def test_a_scorer_for_the_whole_model_is_billed_once(tmp_path: Path) -> None:
+    def new_parameters(pattern: str) -> int:
+        shared = {"mixer": "token_eviction", "scorer_sharing": "model"}
+        mixers = {"A": {**shared, "window_tokens": 64}, "B": {**shared, "window_tokens": 128}}
+        return make(config_folder(tmp_path / pattern.replace(" ", "")), pattern, mixers=mixers).bill.new_parameters
+
+    assert new_parameters("F A F B") == new_parameters("F A F F") > 0

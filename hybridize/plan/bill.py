@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,12 +99,12 @@ def make_bill(
 
 
 def _new_parameters(layers: Sequence[MixerConfig], geometry: AttentionGeometry) -> int:
-    shared: dict[MixerConfig, int] = {}
+    shared: dict[Hashable, int] = {}
     total = 0
     for config in layers:
         count = config.new_parameters(geometry)
-        if getattr(config, "scorer_sharing", None) == "model":
-            shared[config] = count
+        if config.shared_over_layers is not None:  # counted once, whatever window each layer has
+            shared[config.shared_over_layers] = count
         else:
             total += count
     return total + sum(shared.values())
