@@ -1,4 +1,4 @@
-"""The four operations of hybridize: one public function each, in up to three forms (reference, eager, Triton).
+"""The operations of hybridize, each in up to three forms (reference, eager, Triton).
 
 Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads, head size]`.
 """
@@ -8,6 +8,7 @@ from .distillation_loss import distillation_loss
 from .gated_delta_rule import gated_delta_rule
 from .native_sparse_attention import native_sparse_attention
 from .retained_attention import eviction_position, retained_attention
+from .token_scorer import token_scorer, token_scorer_step
 
 __all__ = [
     "distillation_loss",
@@ -15,5 +16,7 @@ __all__ = [
     "gated_delta_rule",
     "native_sparse_attention",
     "retained_attention",
+    "token_scorer",
+    "token_scorer_step",
     "use_implementation",
 ]

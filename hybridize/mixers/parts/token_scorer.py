@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from hybridize_kernels import token_scorer, token_scorer_step
 
 OUTPUT_GAIN = 0.01
 """On the last projection's Kaiming scale. The paper trains from scratch with 1; a pretrained model has keys of any
@@ -16,8 +17,8 @@ size, and with a small last projection every logit starts near its bias: everyth
 class TokenScorer(nn.Module):
     """Dilated convolutions over time, each halving the channels, then a projection to one logit a token and head.
 
-    c_0 = 2 D; layer l: dropout, convolution c_l -> c_{l+1} with zeros on both sides, padding masked, SiLU. The
-    convolutions are matrix products over gathered taps, so that all heads run at once with their own weights.
+    c_0 = 2 D; layer l: dropout, convolution c_l -> c_{l+1} with zeros on both sides, padding masked, SiLU.
+    The mathematics is the op `token_scorer`; this module holds its parameters.
 
     Args:
         widths: channels c_0, c_1, ...
@@ -46,35 +47,69 @@ class TokenScorer(nn.Module):
         self.output_weight.normal_(0.0, OUTPUT_GAIN * (2.0 / self.output_weight.shape[1]) ** 0.5)
         self.output_bias.fill_(bias)
 
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+    @property
+    def margin_tokens(self) -> int:
+        """m: the logit of token j depends on the tokens j - m .. j + m."""
+        return len(self.weights) * self._stored // 2
+
+    @property
+    def history_width(self) -> int:
+        """Float32 numbers that streaming keeps for a row and head: every convolution's last inputs."""
+        return self._stored * sum(weight.shape[1] // self.kernel for weight in self.weights)
+
+    @property
+    def _stored(self) -> int:
+        return (self.kernel - 1) * self.dilation
+
+    def forward(self, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
         """Scores tokens.
 
+        In evaluation the products are those of float32, since prefill and decode must take the same decisions; in
+        training under autocast they are autocast's.
+
         Args:
-            x: [B, T, H, 2 D] keys before RoPE and values, side by side.
+            k, v: [B, T, H, D] keys before RoPE and values.
             real: [B, T] bool, False for padding, which must not lie between real tokens.
 
         Returns:
-            [B, T, H] logits in float32, whatever the type of x.
+            [B, T, H] logits in float32, whatever the type of k and v.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        real = real[:, :, None, None]
-        x = torch.where(real, x, 0.0)
-        num_tokens = x.shape[1]
-        reach = self.dilation * (self.kernel - 1) // 2
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = F.dropout(x, self.dropout, self.training)
-            x = F.pad(x, (0, 0, 0, 0, reach, reach))
-            taps = [x[:, tap * self.dilation : tap * self.dilation + num_tokens] for tap in range(self.kernel)]
-            # Masked before SiLU (SiLU(0) = 0), a padded row equals one whose text starts at the edge.
-            x = F.silu(torch.where(real, _project(torch.cat(taps, dim=-1), weight, bias), 0.0))
-        # Under autocast this one stays in float32: rounded logits would tie, and ties are decided by age.
-        with torch.autocast(x.device.type, enabled=False):
-            return _project(x.float(), self.output_weight, self.output_bias).squeeze(-1)
+        device = k.device.type
+        mixed = self.training and torch.is_autocast_enabled(device)
+        return token_scorer(
+            k,
+            v,
+            tuple(self.weights),
+            tuple(self.biases),
+            self.output_weight,
+            self.output_bias,
+            real,
+            dilation=self.dilation,
+            dropout=self.dropout if self.training else 0.0,
+            compute_dtype=torch.get_autocast_dtype(device) if mixed else None,
+        )
 
+    def extend(self, k: Tensor, v: Tensor, history: Tensor, num_new: Tensor, num_before: Tensor) -> Tensor:
+        """Scores that further tokens complete, equal to those of `forward` on the whole text. No gradient.
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [B, T, H, C] by weight [H or 1, C, C'] and bias [H or 1, C'] -> [B, T, H, C']."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if weight.shape[0] == 1:
-        return x @ weight[0] + bias
-    return torch.einsum("bthc,hcd->bthd", x, weight) + bias
+        Args:
+            k, v: [B, T, H, D]; the first num_new columns of a row are its tokens, the others are ignored.
+            history: [B, H, history_width] float32, written in place; zero before the first token.
+            num_new: [B] int. num_before: [B] int, tokens seen before this call.
+
+        Returns:
+            [B, T, H] logits in float32; column t < num_new is that of token num_before + t - margin_tokens of the
+            text, and means nothing where that is negative.
+        """
+        return token_scorer_step(
+            k,
+            v,
+            history,
+            num_new,
+            num_before,
+            tuple(self.weights),
+            tuple(self.biases),
+            self.output_weight,
+            self.output_bias,
+            dilation=self.dilation,
+        )

@@ -1,0 +1,165 @@
+"""Token scorer: a small CNN over keys and values that says how much a token is worth keeping (arXiv 2510.20787)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import check_shape, choose
+from .eager import token_scorer as _eager
+from .eager import token_scorer_step as _eager_step
+from .reference import token_scorer as _reference
+from .reference import token_scorer_step as _reference_step
+
+__all__ = ["token_scorer", "token_scorer_step"]
+
+
+def token_scorer(
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_weight: Tensor,
+    output_bias: Tensor,
+    real: Tensor,
+    *,
+    dilation: int,
+    dropout: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One logit a token and head: x_0 = (k, v), x_l = SiLU(conv_l(dropout(x_{l−1}))), logit = w · x_L + b.
+
+    A convolution reads kernel taps, `dilation` tokens apart and centred, zero outside the text; a padded row equals
+    one whose text starts at the edge.
+
+    Args:
+        k, v: `[B, T, H, D]`, keys before RoPE and values.
+        weights: one `[H or 1, kernel · C, C']` a convolution, tap by tap; the first C is 2 D, kernel is odd.
+        biases: `[H or 1, C']` each. output_weight: `[H or 1, C, 1]`. output_bias: `[H or 1, 1]`.
+        real: `[B, T]` bool, False for padding, which must not lie between real tokens.
+        dilation: tokens between two taps.
+        dropout: share of each convolution's inputs that is zeroed.
+        compute_dtype: of the factors of the convolutions' products; sums and the projection are fp32 whatever it is.
+            fp32 unless given.
+
+    Returns:
+        `[B, T, H]` in fp32 (fp64 for fp64 keys), whatever the type of k and v.
+
+    Raises:
+        ValueError: a shape does not fit the others, or dropout is not in [0, 1).
+
+    Source: arXiv 2510.20787, section 3 (the retention score's CNN).
+    """
+    op = "token_scorer"
+    _check(op, k, v, weights, biases, output_weight, output_bias)
+    check_shape(op, "real", real, tuple(k.shape[:2]))
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{op}: dropout is {dropout}, expected at least 0 and below 1")
+    form = choose(op, k, v, *weights, *biases, output_weight, output_bias)
+    run = _reference if form == "reference" else _eager
+    return run(
+        k,
+        v,
+        weights,
+        biases,
+        output_weight,
+        output_bias,
+        real,
+        dilation=dilation,
+        dropout=dropout,
+        compute_dtype=compute_dtype,
+    )
+
+
+def token_scorer_step(
+    k: Tensor,
+    v: Tensor,
+    history: Tensor,
+    num_new: Tensor,
+    num_before: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_weight: Tensor,
+    output_bias: Tensor,
+    *,
+    dilation: int,
+) -> Tensor:
+    """The logits that further tokens complete, as `token_scorer` gives them for the whole text.
+
+    A logit depends on `margin` = L · dilation · (kernel − 1) / 2 later tokens. Every convolution waits for its right
+    taps, so that the stack is a causal CNN whose column t speaks of the token `margin` before it.
+
+    Args:
+        k, v: `[B, T, H, D]`; the first num_new columns of a row are its tokens, the others are ignored.
+        history: `[B, H, width]` fp32, written in place: for each convolution its last (kernel − 1) · dilation inputs,
+            oldest first, width = Σ (kernel − 1) · dilation · C_l. Zero before the first token.
+        num_new: `[B]` integers, 0 .. T. num_before: `[B]` integers, tokens seen before this call.
+        weights, biases, output_weight, output_bias, dilation: as of `token_scorer`.
+
+    Returns:
+        `[B, T, H]` fp32; column t < num_new is the logit of token num_before + t − margin of the text, and means
+        nothing where that is negative. No gradient.
+
+    Raises:
+        ValueError: a shape does not fit the others.
+    """
+    op = "token_scorer_step"
+    _check(op, k, v, weights, biases, output_weight, output_bias)
+    batch, _, heads, head_size = k.shape
+    stored = dilation * (weights[0].shape[1] // (2 * head_size) - 1)
+    check_shape(op, "history", history, (batch, heads, history_width([2 * head_size, *_widths(biases)], stored)))
+    check_shape(op, "num_new", num_new, (batch,))
+    check_shape(op, "num_before", num_before, (batch,))
+    form = choose(op, k.detach(), v.detach(), history, output_weight.detach())
+    run = _reference_step if form == "reference" else _eager_step
+    with torch.no_grad():
+        return run(
+            k,
+            v,
+            history,
+            num_new,
+            num_before,
+            weights,
+            biases,
+            output_weight,
+            output_bias,
+            dilation=dilation,
+        )
+
+
+def history_width(widths: Sequence[int], stored: int) -> int:
+    """Numbers of a row and head: `stored` inputs of every convolution; widths are the channels from 2 D on."""
+    return stored * sum(widths[:-1])
+
+
+def _widths(biases: Sequence[Tensor]) -> list[int]:
+    return [bias.shape[-1] for bias in biases]
+
+
+def _check(
+    op: str,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_weight: Tensor,
+    output_bias: Tensor,
+) -> None:
+    if k.ndim != 4:
+        raise ValueError(f"{op}: k has shape {list(k.shape)}, expected [batch, time, heads, head size]")
+    check_shape(op, "v", v, tuple(k.shape))
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"{op}: {len(weights)} weights and {len(biases)} biases, expected one of each a convolution")
+    heads, channels = k.shape[2], 2 * k.shape[3]
+    scorers = weights[0].shape[0]
+    if scorers not in (1, heads):
+        raise ValueError(f"{op}: weights for {scorers} scorers, expected 1 or one for each of the {heads} heads")
+    kernel = weights[0].shape[1] // channels
+    if kernel % 2 == 0:
+        raise ValueError(f"{op}: weight 0 has {weights[0].shape[1]} rows, expected an odd kernel times {channels}")
+    for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_shape(op, f"weight {n}", weight, (scorers, kernel * channels, bias.shape[-1]))
+        check_shape(op, f"bias {n}", bias, (scorers, bias.shape[-1]))
+        channels = bias.shape[-1]
+    check_shape(op, "output_weight", output_weight, (scorers, channels, 1))
+    check_shape(op, "output_bias", output_bias, (scorers, 1))

@@ -1,0 +1,104 @@
+"""The token scorer in plain PyTorch: each convolution is a sum of matrix products over its taps.
+
+Keys and values are two inputs of the first convolution, so that they are never copied side by side.
+This file imports nothing but torch: exported models carry it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def token_scorer(
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_weight: Tensor,
+    output_bias: Tensor,
+    real: Tensor,
+    *,
+    dilation: int,
+    dropout: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One logit a token and head: dilated convolutions over time with SiLU, then a projection.
+
+    k, v: `[B, T, H, D]`; weights `[H or 1, kernel · C, C']`, biases `[H or 1, C']`, output_weight `[H or 1, C, 1]`,
+    output_bias `[H or 1, 1]`; real: `[B, T]` bool, False for padding, which is not between real tokens.
+    Returns `[B, T, H]` in fp32 (fp64 for fp64 keys). Source: https://arxiv.org/abs/2510.20787.
+    """
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    compute_dtype = dtype if compute_dtype is None else compute_dtype
+    num_tokens = k.shape[1]
+    real = real[:, :, None, None]
+    inputs = [torch.where(real, x, 0.0) for x in (k, v)]
+    with torch.autocast(k.device.type, enabled=False):
+        for weight, bias in zip(weights, biases, strict=True):
+            taps = weight.to(compute_dtype).unflatten(1, (-1, sum(x.shape[-1] for x in inputs)))
+            reach = dilation * (taps.shape[1] - 1) // 2
+            z = bias.to(dtype)
+            start = 0
+            for x in inputs:
+                x = F.dropout(x.to(compute_dtype), dropout)
+                x = F.pad(x, (0, 0, 0, 0, reach, reach))
+                for tap in range(taps.shape[1]):
+                    shifted = x[:, tap * dilation : tap * dilation + num_tokens]
+                    z = z + _multiply(shifted, taps[:, tap, start : start + x.shape[-1]]).to(dtype)
+                start += x.shape[-1]
+            # Masked before SiLU (SiLU(0) = 0), a padded row equals one whose text starts at the edge.
+            inputs = [F.silu(torch.where(real, z, 0.0))]
+        # Never rounded to the type of the products: rounded logits would tie, and ties are decided by age.
+        return (_multiply(inputs[0], output_weight.to(dtype)) + output_bias.to(dtype)).squeeze(-1)
+
+
+def token_scorer_step(
+    k: Tensor,
+    v: Tensor,
+    history: Tensor,
+    num_new: Tensor,
+    num_before: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_weight: Tensor,
+    output_bias: Tensor,
+    *,
+    dilation: int,
+) -> Tensor:
+    """The scores that further tokens complete: column t's logit is that of the token `margin` before it.
+
+    k, v: `[B, T, H, D]`, of which the first num_new `[B]` columns of a row are tokens; num_before `[B]` tokens came
+    before them. history `[B, H, width]` holds every convolution's last (kernel − 1) · dilation inputs, is zero before
+    the first token, and is written in place. Returns `[B, T, H]`, of meaning up to column num_new. No gradient.
+    """
+    dtype = torch.promote_types(history.dtype, torch.float32)
+    num_tokens, num_heads = k.shape[1:3]
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        position = num_before[:, None] + torch.arange(num_tokens, device=k.device)  # [B, T]
+        x = torch.cat((k, v), dim=-1).to(dtype)
+        start = 0
+        for weight, bias in zip(weights, biases, strict=True):
+            channels = x.shape[-1]
+            taps = weight.to(dtype).unflatten(1, (-1, channels))
+            stored = dilation * (taps.shape[1] - 1)
+            past = history[:, :, start : start + stored * channels].unflatten(2, (stored, channels))
+            text = torch.cat((past.transpose(1, 2).to(dtype), x), dim=1)  # [B, stored + T, H, C]
+            last = num_new[:, None].long() + torch.arange(stored, device=k.device)
+            past.copy_(text.gather(1, last[:, :, None, None].expand(-1, -1, num_heads, channels)).transpose(1, 2))
+            z = bias.to(dtype)
+            for tap in range(taps.shape[1]):
+                z = z + _multiply(text[:, tap * dilation : tap * dilation + num_tokens], taps[:, tap])
+            # The layer's output is that of the token in the middle of its taps; before the text there is none.
+            position = position - stored // 2
+            x = F.silu(torch.where((position >= 0)[:, :, None, None], z, 0.0))
+            start += stored * channels
+        return (_multiply(x, output_weight.to(dtype)) + output_bias.to(dtype)).squeeze(-1)
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, H, C] by weight [H or 1, C, C'] -> [B, T, H, C']."""
+    if weight.shape[0] == 1:
+        return x @ weight[0]
+    return torch.einsum("bthc,hcd->bthd", x, weight)
