@@ -8,6 +8,7 @@ from .distillation_loss import distillation_loss
 from .gated_delta_rule import gated_delta_rule
 from .native_sparse_attention import native_sparse_attention
 from .retained_attention import eviction_position, retained_attention
+from .retained_decode import retained_decode
 from .token_scorer import token_scorer, token_scorer_step
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "gated_delta_rule",
     "native_sparse_attention",
     "retained_attention",
+    "retained_decode",
     "token_scorer",
     "token_scorer_step",
     "use_implementation",

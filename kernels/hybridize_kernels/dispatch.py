@@ -33,26 +33,32 @@ def use_implementation(name: Implementation) -> Iterator[None]:
 
 
 def choose(
-    op: str, *tensors: torch.Tensor | None, has_kernel: bool = False, kernel_fits: bool = False
+    op: str,
+    *tensors: torch.Tensor | None,
+    has_kernel: bool = False,
+    kernel_fits: bool = False,
+    kernel_has_gradient: bool = False,
 ) -> Implementation:
     """The form in which `op` runs on these tensors.
 
-    has_kernel: the op has a Triton kernel at all. kernel_fits: that kernel covers the shapes of this call without a
-    gradient. A kernel is chosen by itself only on CUDA; forced, it also runs in Triton's interpreter on the CPU.
+    has_kernel: the op has a Triton kernel at all. kernel_fits: that kernel covers the shapes of this call;
+    kernel_has_gradient: also where a gradient is asked for. A kernel is chosen by itself only on CUDA; forced, it also
+    runs in Triton's interpreter on the CPU.
     """
+    covered = kernel_fits and (kernel_has_gradient or not needs_grad(*tensors))
     forced = _forced.get()
     if forced == "triton":
         if not has_kernel:
             raise ValueError(f"{op} has no Triton kernel: use 'eager' or 'reference'")
         if not _HAS_TRITON:
             raise ValueError(f"{op}: Triton is not installed: use 'eager' or 'reference'")
-        if not kernel_fits or needs_grad(*tensors):
+        if not covered:
             raise ValueError(f"the Triton kernel of {op} does not cover this call: its shapes, or a gradient is needed")
     if forced is not None:
         return forced
     present = [tensor for tensor in tensors if tensor is not None]
     on_gpu = all(tensor.device.type == "cuda" and tensor.dtype in _TRITON_DTYPES for tensor in present)
-    if has_kernel and kernel_fits and _HAS_TRITON and on_gpu and not needs_grad(*present):
+    if has_kernel and covered and _HAS_TRITON and on_gpu:
         return "triton"
     return "eager"
 

@@ -1,14 +1,57 @@
 """Softmax attention over a window, sinks and retained tokens, with one meaning in training, prefill and decode."""
 
+from typing import Any, Literal, overload
+
 from torch import Tensor
 
-from ..dispatch import check_shape, choose
+from ..dispatch import Implementation, check_shape, choose
 from .eager import eviction_position as _eager_eviction_position
 from .eager import retained_attention as _eager
 from .reference import eviction_position as _reference_eviction_position
 from .reference import retained_attention as _reference
 
 __all__ = ["eviction_position", "retained_attention"]
+
+MAX_HEAD_SIZE = 256
+MAX_GROUP = 64
+
+
+@overload
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retention_score: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    budget: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    ordered_from: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_log_sum_exp: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retention_score: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    budget: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    ordered_from: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_log_sum_exp: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def retained_attention(
@@ -20,10 +63,13 @@ def retained_attention(
     window: int,
     sinks: int = 0,
     budget: int | None = None,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    ordered_from: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys it sees.
 
     Key j is kept when position(j) < sinks or score(j) > 0. Query i sees key j when 0 <= pos_j <= pos_i and either
@@ -31,17 +77,28 @@ def retained_attention(
     Sinks rank first, then higher scores, then earlier positions: what a cache of `budget` slots holds when a token
     applies for a slot as it leaves the window and replaces the lowest-ranked one it beats.
 
+    The cost is that of the pairs that are seen, T · (window + retained), where the Triton kernels run: on CUDA, with
+    keys whose order is known (no positions, the same tensor for both, `ordered_from` or `cu_seqlens`).
+
     Args:
         q: `[B, T, HQ, D]`. k, v: `[B, S, H, D]`; H divides HQ; rotary positions already applied.
         retention_score: `[B, S, H]`, or None (nothing but window and sinks).
         window: tokens, the query itself included. sinks: tokens. budget: retained tokens, sinks included; None: no cap.
         query_positions: `[B, T]` int64, real tokens counted from 0 in each row; −1 is padding and gives zeros.
         key_positions: `[B, S]` or `[B, S, H]` int64, distinct in a row (and head), in any order; −1 is an empty slot.
+            Neither: no padding, keys in order, the queries are the last T of them.
         scale: factor on the scores; D**-0.5 unless given.
+        ordered_from: a promise about key_positions, which spares looking: keys are in order of position; from this
+            column on positions are consecutive, after padding, the same for all heads, and the queries are the last T;
+            the columns before it have left every query's window.
+        cu_seqlens: `[N + 1]` int32 with B = 1 and S = T: bounds, from 0 to T, of documents packed side by side, which
+            do not see each other. Positions count in each document; without any they are taken to do so.
+        return_log_sum_exp: also return the logarithm of each softmax's denominator; it has a gradient.
 
     Returns:
-        `[B, T, HQ, D]`. The gradient of a score is that of a gate of value 1 on its key's value: ⟨dv_j, v_j⟩ over the
-        group's query heads (straight-through; none where the score is infinite).
+        `[B, T, HQ, D]`; with return_log_sum_exp also fp32 (fp64 of fp64) `[B, T, HQ]`, −inf where nothing is seen.
+        The gradient of a score is that of a gate of value 1 on its key's value: ⟨dv_j, v_j⟩ over the group's query
+        heads (straight-through; none where the score is infinite).
 
     Raises:
         ValueError: a shape does not fit the others, or a count is out of range.
@@ -55,10 +112,25 @@ def retained_attention(
         raise ValueError(f"{op}: {query_heads} query heads are not a multiple of {heads} key heads")
     check_shape(op, "k", k, (batch, keys, heads, head_size))
     check_shape(op, "v", v, (batch, keys, heads, v.shape[-1]))
-    check_shape(op, "query_positions", query_positions, (batch, time))
-    _check_keys(op, key_positions, retention_score, (batch, keys, heads))
-    run = _reference if choose(op, q, k, v, retention_score) == "reference" else _eager
-    return run(
+    if (query_positions is None) != (key_positions is None):
+        raise ValueError(f"{op}: query_positions and key_positions are given together or not at all")
+    if query_positions is None and time > keys:
+        raise ValueError(f"{op}: {time} queries cannot be the last of {keys} keys; give positions")
+    if query_positions is not None and key_positions is not None:
+        check_shape(op, "query_positions", query_positions, (batch, time))
+        _check_keys(op, key_positions, retention_score, (batch, keys, heads))
+    elif retention_score is not None:
+        check_shape(op, "retention_score", retention_score, (batch, keys, heads))
+    if cu_seqlens is not None and (batch != 1 or keys != time or ordered_from is not None):
+        raise ValueError(f"{op}: cu_seqlens needs one row of as many keys as queries, without ordered_from")
+    if ordered_from is not None and not (key_positions is not None and 0 <= ordered_from <= keys - time):
+        raise ValueError(f"{op}: ordered_from is {ordered_from}, expected positions and at most {keys - time}")
+    run = {"reference": _reference, "eager": _eager, "triton": _triton}[
+        _choose(
+            q, k, v, retention_score, query_positions, key_positions, ordered_from=ordered_from, cu_seqlens=cu_seqlens
+        )
+    ]
+    return run(  # type: ignore[no-any-return, operator]
         q,
         k,
         v,
@@ -69,7 +141,41 @@ def retained_attention(
         query_positions=query_positions,
         key_positions=key_positions,
         scale=scale,
+        ordered_from=ordered_from,
+        cu_seqlens=cu_seqlens,
+        return_log_sum_exp=return_log_sum_exp,
     )
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retention_score: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    *,
+    ordered_from: int | None,
+    cu_seqlens: Tensor | None,
+) -> Implementation:
+    known = key_positions is None or key_positions is query_positions or ordered_from is not None
+    fits = (
+        (known or cu_seqlens is not None)
+        and min(q.numel(), k.numel()) > 0
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == v.shape[-1] <= MAX_HEAD_SIZE
+        and q.shape[2] // k.shape[2] <= MAX_GROUP
+        and max(q.shape[1], k.shape[1]) < 2**30
+    )
+    return choose(
+        "retained_attention", q, k, v, retention_score, has_kernel=True, kernel_fits=fits, kernel_has_gradient=True
+    )
+
+
+def _triton(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    from .attention import retained_attention as run  # needs Triton
+
+    return run(*args, **options)
 
 
 def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:

@@ -4,6 +4,9 @@ The cap on retained tokens is turned into one number a key, the position from wh
 chunk is three comparisons. This file imports nothing but torch: exported models carry it.
 """
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,17 +25,39 @@ def retained_attention(
     window: int,
     sinks: int = 0,
     budget: int | None = None,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    ordered_from: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_log_sum_exp: bool = False,
+) -> Any:
     """Softmax attention over the last `window` tokens, the sinks and the retained tokens of each key head.
 
     q: `[B, T, HQ, D]`; k, v: `[B, S, H, D]`; retention_score: `[B, S, H]` or None; query_positions: `[B, T]`;
     key_positions: `[B, S]` or `[B, S, H]` (−1: padding, an empty slot). Query i sees key j when 0 <= pos_j <= pos_i and
     (pos_i − pos_j < window, or j is a sink or scores above 0 and is among the best `budget` of those that have left
-    i's window). The score's gradient is that of a gate of value 1 on v.
+    i's window). The score's gradient is that of a gate of value 1 on v. Without positions the queries are the last T of
+    S keys in order; cu_seqlens `[N + 1]` bounds documents, of one row, that do not see each other; ordered_from is a
+    hint that this form does not need. With return_log_sum_exp also the log-sum-exp `[B, T, HQ]` of each softmax.
     """
+    options = {"window": window, "sinks": sinks, "budget": budget, "scale": scale}
+    if cu_seqlens is not None:
+        results = [
+            retained_attention(
+                *(None if x is None else x[:, start:stop] for x in (q, k, v, retention_score)),  # type: ignore[arg-type]
+                query_positions=None if query_positions is None else query_positions[:, start:stop],
+                key_positions=None if key_positions is None else key_positions[:, start:stop],
+                return_log_sum_exp=True,
+                **options,  # type: ignore[arg-type]
+            )
+            for start, stop in pairwise(cu_seqlens.tolist())
+        ]
+        output, log_sum_exp = (torch.cat(x, dim=1) for x in zip(*results, strict=True))
+        return (output, log_sum_exp) if return_log_sum_exp else output
+    if key_positions is None or query_positions is None:
+        key_positions = torch.arange(k.shape[1], device=k.device).expand(len(k), -1)
+        query_positions = key_positions[:, k.shape[1] - q.shape[1] :]
     batch, time, query_heads, head_size = q.shape
     heads = k.shape[2]
     scale = head_size**-0.5 if scale is None else scale
@@ -50,7 +75,7 @@ def retained_attention(
     group = query_heads // heads
     q = q.reshape(batch, time, heads, group, head_size).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     chunk = min(CPU_QUERY_CHUNK, QUERY_CHUNK) if q.device.type == "cpu" else QUERY_CHUNK
-    outputs = []
+    outputs, sums = [], []
     # split, not indexing: the gradient of N slices of one tensor would be N tensors of its full size.
     for rows, query in zip(q.split(chunk, dim=3), query_positions.split(chunk, dim=1), strict=True):
         index = _seen(query, positions, evicted, window) if q.device.type == "cpu" else None
@@ -65,7 +90,12 @@ def retained_attention(
         # A key that is not kept has its own position for its eviction, which makes this the window as well.
         mask = mask & (until[:, :, None, :] > query - window)
         outputs.append(_attend(rows, keys, values, mask, scale))
-    return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        if return_log_sum_exp:
+            sums.append(_log_sum_exp(rows, keys, mask, scale))
+    output = torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    if return_log_sum_exp:
+        return output, torch.cat(sums, dim=3).permute(0, 3, 1, 2).flatten(2, 3)
+    return output
 
 
 def _seen(query: Tensor, positions: Tensor, evicted: Tensor, window: int) -> Tensor | None:
@@ -109,6 +139,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tens
         scale=scale,
     )
     return output.view(batch, heads, *output.shape[1:]).masked_fill(blind[:, :, None], 0.0)
+
+
+def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """q `[B, H, G, t, D]`, k `[B, H, S, D]`, mask `[B, 1 | H, t, S]` -> `[B, H, G, t]`, -inf of blind rows."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = scale * torch.einsum("bhgtd,bhsd->bhgts", q.to(dtype), k.to(dtype))
+    blind = ~mask.any(-1, keepdim=True)
+    log_sum = logits.masked_fill(~(mask | blind)[:, :, None], float("-inf"))
+    log_sum = log_sum.logsumexp(-1) if k.shape[2] else logits.sum(-1)
+    return log_sum.masked_fill(blind[:, :, None, :, 0], float("-inf"))
 
 
 def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Retained attention by brute force: every pair of keys compared for every query."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,43 @@ def retained_attention(
     window: int,
     sinks: int = 0,
     budget: int | None = None,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    ordered_from: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `hybridize_kernels.retained_attention`; the mask below is what the other forms must equal."""
+    if cu_seqlens is not None:
+        # What documents that do not see each other are: one call each.
+        results = []
+        for start, stop in pairwise(cu_seqlens.tolist()):
+            of_document = [
+                None if x is None else x[:, start:stop]
+                for x in (q, k, v, retention_score, query_positions, key_positions)
+            ]
+            results.append(
+                retained_attention(
+                    *of_document[:4],
+                    window=window,
+                    sinks=sinks,
+                    budget=budget,
+                    query_positions=of_document[4],
+                    key_positions=of_document[5],
+                    scale=scale,
+                    return_log_sum_exp=True,
+                )
+            )
+        output, log_sum_exp = (torch.cat(x, dim=1) for x in zip(*results, strict=True))
+        return (output, log_sum_exp) if return_log_sum_exp else output
+
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if key_positions is None or query_positions is None:
+        key_positions = torch.arange(k.shape[1], device=q.device).expand(len(k), -1)
+        query_positions = key_positions[:, k.shape[1] - q.shape[1] :]
     positions = _per_head(key_positions, k.shape[2])
     visible = visible_keys(retention_score, query_positions, positions, window=window, sinks=sinks, budget=budget)
     visible = visible.repeat_interleave(group, dim=1)  # [B, HQ, T, S]
@@ -39,7 +70,14 @@ def retained_attention(
     some = visible.any(-1, keepdim=True)
     weights = logits.masked_fill(~visible & some, float("-inf")).softmax(-1) if k.shape[1] else logits
     weights = torch.where(visible, weights, 0.0)
-    return torch.einsum("bhts,bshd->bthd", weights, value).to(q.dtype)
+    output = torch.einsum("bhts,bshd->bthd", weights, value).to(q.dtype)
+    if not return_log_sum_exp:
+        return output
+    # Of a row without visible keys: -inf, and no gradient.
+    some = some[..., 0] if k.shape[1] else torch.zeros_like(logits[..., 0], dtype=torch.bool)
+    finite = logits.masked_fill(~visible & some[..., None], float("-inf"))
+    log_sum_exp = torch.where(some, finite.logsumexp(-1) if k.shape[1] else logits.sum(-1), float("-inf"))
+    return output, log_sum_exp.transpose(1, 2)
 
 
 def visible_keys(

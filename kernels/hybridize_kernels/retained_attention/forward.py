@@ -1,0 +1,252 @@
+"""The forward kernel: a block of queries of one key head over its retained keys and its window, in one softmax.
+
+The rows of a block are (query, query head) pairs, so that all query heads of a group share every key that is loaded.
+Each of the two segments runs first over the tiles that all rows see, without a mask, and then over the others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import Layout
+from .lists import RetainedLists
+from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
+
+LOG2_E = 1.4426950408889634
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lists: RetainedLists | None, layout: Layout, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, T, HQ, D]` and log-sum-exp `[B, T, HQ]` (fp32, natural; -inf for rows that see nothing)."""
+    batch, time, query_heads, head_size = q.shape
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    log_sum_exp = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
+    blocks = triton.cdiv(time, tile.rows // layout.group)
+    with torch.cuda.device_of(q):
+        _forward_kernel[(blocks, batch * layout.heads)](
+            q,
+            k,
+            v,
+            output,
+            log_sum_exp,
+            *list_pointers(q, lists, layout),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            scale * LOG2_E,
+            *list_sizes(lists, layout),
+            *flags(lists, layout, q),
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return output, log_sum_exp
+
+
+def list_pointers(anything: Tensor, lists: RetainedLists | None, layout: Layout) -> tuple[Tensor, ...]:
+    """The list arguments of the kernels over query blocks; an argument that is not there is not read."""
+    start, end = layout.query_start, layout.key_end
+    columns = exits = before = stable = size = None
+    if lists is not None:
+        columns = lists.columns if lists.chunk_columns is None else lists.chunk_columns
+        exits, before, stable, size = lists.exit, lists.before, lists.chunk_stable, lists.block_size
+    return tuple(anything if x is None else x for x in (start, end, columns, exits, before, stable, size))
+
+
+def list_sizes(lists: RetainedLists | None, layout: Layout) -> tuple[int, ...]:
+    """time, keys, heads, offset, prefix, window, chunk, width of a chunk's list (0: one list for all)."""
+    width = 0 if lists is None or lists.chunk_columns is None else lists.chunk_columns.shape[-1]
+    chunk = layout.time if lists is None else lists.chunk
+    return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width)
+
+
+def flags(lists: RetainedLists | None, layout: Layout, q: Tensor) -> tuple[int | bool | str, ...]:
+    """G, D, BLOCK_D, RETAINED, CAPPED, PADDED, LONG, PRECISION: the constants that all kernels take."""
+    return (
+        layout.group,
+        layout.head_size,
+        max(16, triton.next_power_of_2(layout.head_size)),
+        lists is not None,
+        lists is not None and lists.chunk_columns is not None,
+        layout.padded,
+        # Offsets inside one row of the batch pass 2**31 elements.
+        max(layout.time, layout.keys) * layout.heads * layout.group * layout.head_size >= 2**31,
+        "ieee" if q.dtype == torch.float32 else "tf32",
+    )
+
+
+INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "width"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_tile(
+    q, k, v, sums, largest, output, scale, row, lower, upper, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One tile of keys in the online softmax; all logits are in base 2."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        seen = (row[:, None] >= lower[None, :]) & (row[:, None] < upper[None, :])
+        logits = tl.where(seen, logits, -float("inf"))
+    now = tl.maximum(largest, tl.max(logits, 1))
+    if MASKED:
+        # A row that has seen nothing yet subtracts 0, so that exp2 gives 0 and not NaN.
+        pivot = tl.where(now == -float("inf"), 0.0, now)
+    else:
+        pivot = now
+    weights = tl.math.exp2(logits - pivot[:, None])
+    shrink = tl.math.exp2(largest - pivot)
+    sums = sums * shrink + tl.sum(weights, 1)
+    output = output * shrink[:, None]
+    output = tl.dot(weights.to(v.dtype), v, output, input_precision=PRECISION)
+    return sums, now, output
+
+
+@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
+def _forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    output_ptr,  # [B, T, HQ, D] contiguous
+    lse_ptr,  # [B, T, HQ]
+    query_start_ptr,
+    key_end_ptr,
+    columns_ptr,
+    exit_ptr,
+    before_ptr,
+    chunk_stable_ptr,
+    block_size_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    scale,
+    time,
+    keys,
+    heads,
+    offset,
+    prefix,
+    window,
+    chunk,
+    width,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RETAINED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    block = tl.program_id(0)
+    row_head = tl.program_id(1).to(tl.int64)
+    batch = row_head // heads
+    head = row_head % heads
+    first_row = block * BLOCK_Q
+    last_row = tl.minimum(first_row + BLOCK_Q, time) - 1
+    lanes = tl.arange(0, BLOCK_M)
+    row = first_row + lanes // G
+    valid = (lanes < BLOCK_Q * G) & (row < time)
+    features = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_N)
+    row_wide = row.to(tl.int64) if LONG else row
+
+    q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + (lanes % G) * q_stride_h
+    q = load_rows(q_rows, valid, features, D, BLOCK_D, True)
+    k_ptr += batch * k_stride_b + head * k_stride_h
+    v_ptr += batch * v_stride_b + head * v_stride_h
+    start_min = prefix
+    start_max = prefix
+    if PADDED:
+        key_end_ptr += batch * keys
+        start = tl.load(query_start_ptr + batch * time + row, mask=valid, other=0)
+        start_min = tl.min(tl.where(valid, start, keys), 0)
+        start_max = tl.max(start, 0)
+
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if RETAINED:
+        exit_ptr += row_head * keys
+        chunks = tl.cdiv(time, chunk)
+        begin, full, end = retained_range(
+            before_ptr + row_head * (keys + 1),
+            chunk_stable_ptr + row_head * chunks,
+            block_size_ptr + row_head * tl.cdiv(time, BLOCK_Q),
+            block,
+            first_row,
+            last_row,
+            start_min,
+            start_max,
+            chunk,
+            keys,
+            offset,
+            prefix,
+            window,
+            CAPPED,
+        )
+        if CAPPED:
+            columns_ptr += (row_head * chunks + first_row // chunk) * width
+        else:
+            columns_ptr += row_head * keys
+        full = begin + (full - begin) // BLOCK_N * BLOCK_N
+        for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+            column = tl.load(columns_ptr + at + columns)
+            k, v = load_keys(
+                k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False
+            )
+            sums, largest, output = _attend_tile(
+                q, k, v, sums, largest, output, scale, row, column, column, False, PRECISION
+            )
+        for at in tl.range(full, end, BLOCK_N, num_stages=STAGES):
+            inside = at + columns < end
+            column = tl.load(columns_ptr + at + columns, mask=inside, other=0)
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+            lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
+            sums, largest, output = _attend_tile(
+                q, k, v, sums, largest, output, scale, row, lower, upper, True, PRECISION
+            )
+
+    low, high, tiles, full_from, full_to = window_range(
+        first_row, last_row, start_min, start_max, offset, window, BLOCK_N
+    )
+    for at in tl.range(full_from, full_to, num_stages=STAGES):
+        column = low + at * BLOCK_N + columns
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+        sums, largest, output = _attend_tile(
+            q, k, v, sums, largest, output, scale, row, column, column, False, PRECISION
+        )
+    # The tiles at the window's left edge and those at the diagonal.
+    for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
+        column = low + tl.where(at < full_from, at, at + full_to - full_from) * BLOCK_N + columns
+        inside = column < high
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+        lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
+        sums, largest, output = _attend_tile(
+            q, k, v, sums, largest, output, scale, row, lower, upper, True, PRECISION
+        )
+
+    blind = sums == 0
+    if PADDED:
+        blind = blind | (start >= keys)
+    output = tl.where(blind[:, None], 0.0, output / tl.where(blind, 1.0, sums)[:, None])
+    # log2 of a sum times ln 2.
+    log_sum = tl.where(blind, -float("inf"), (largest + tl.math.log2(tl.where(blind, 1.0, sums))) * 0.6931471805599453)
+    out_row = (batch * time + row) * heads * G + head * G + lanes % G
+    tl.store(lse_ptr + out_row, log_sum, mask=valid)
+    at = output_ptr + out_row[:, None] * D + features[None, :]
+    inside = valid[:, None] & (features < D)[None, :]
+    tl.store(at, output.to(output_ptr.dtype.element_ty), mask=inside)
