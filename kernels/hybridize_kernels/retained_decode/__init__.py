@@ -8,8 +8,8 @@ from .reference import retained_decode as _reference
 
 __all__ = ["retained_decode"]
 
-MAX_GROUP = 128  # query heads a key head: they are the rows of the kernel's tile
 MAX_HEAD_SIZE = 256
+MAX_TILE = 8192  # numbers of a group's queries, a row each in a tile of the kernel: 128 heads of size 64
 
 
 def retained_decode(
@@ -95,7 +95,7 @@ def retained_decode(
         raise ValueError(f"{op}: scores, retained_positions and num_retained are given together or not at all")
     if scores is None and (capacity != sinks or fresh_score is not None):
         raise ValueError(f"{op}: without scores there are as many slots beside the window as sinks, and no fresh_score")
-    fits = query_heads // heads <= MAX_GROUP and head_size <= MAX_HEAD_SIZE
+    fits = head_size <= MAX_HEAD_SIZE and query_heads // heads * head_size <= MAX_TILE
     form = choose(op, q, k, v, keys, values, has_kernel=True, kernel_fits=fits)
     options = {
         "window": window,
