@@ -1,5 +1,7 @@
 """One decoding step of retained attention over a fixed-size cache: append, evict and attend, in place."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..dispatch import check_shape, choose
@@ -97,7 +99,7 @@ def retained_decode(
         raise ValueError(f"{op}: without scores there are as many slots beside the window as sinks, and no fresh_score")
     fits = head_size <= MAX_HEAD_SIZE and query_heads // heads * head_size <= MAX_TILE
     form = choose(op, q, k, v, keys, values, has_kernel=True, kernel_fits=fits)
-    options = {
+    options: dict[str, Any] = {
         "window": window,
         "sinks": sinks,
         "positions": positions,

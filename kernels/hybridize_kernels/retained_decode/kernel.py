@@ -42,7 +42,8 @@ def num_splits(keys: Tensor) -> int:
     """Programs a key head of keys `[B, H, W + C, D]`: one where rows and heads alone fill the GPU."""
     batch, heads, slots, head_size = keys.shape
     block, _, _, programs = settings(head_size * keys.element_size())
-    return max(1, min(triton.cdiv(programs, max(batch * heads, 1)), triton.cdiv(slots, block), MAX_SPLITS))
+    wanted = -(-programs // max(batch * heads, 1))
+    return max(1, min(wanted, -(-slots // block), MAX_SPLITS))
 
 
 def _scratch(keys: Tensor, query_heads: int, splits: int, workspace: dict[str, Tensor] | None) -> Tensor:

@@ -34,22 +34,22 @@ def retained_decode(
         last_position[row] = position
         ring = position % window
         for head in range(heads):
-            if fresh_score is not None and 0 < margin <= position:
-                scores[row, head, (position - margin) % window] = fresh_score[row, head]
             leaving = position - window
             target = None
-            if scores is None:
+            if scores is None or retained_positions is None or num_retained is None:
                 num_slots = min(max(leaving + 1, 0), sinks)
                 target = leaving if 0 <= leaving < sinks else None
             else:
+                of_head, retained = scores[row, head], retained_positions[row, head]
+                if fresh_score is not None and 0 < margin <= position:
+                    of_head[(position - margin) % window] = fresh_score[row, head]
                 if leaving >= 0:
-                    target = _slot_for(leaving, scores[row, head], retained_positions[row, head], window, sinks)
+                    target = _slot_for(leaving, of_head, retained, window, sinks)
                 if target is not None:
-                    num_retained[row, head] += int(retained_positions[row, head, target] < 0)
-                    scores[row, head, window + target] = scores[row, head, ring]
-                    retained_positions[row, head, target] = leaving
-                is_final = fresh_score is not None and margin == 0
-                scores[row, head, ring] = fresh_score[row, head] if is_final else 0.0
+                    num_retained[row, head] += int(retained[target] < 0)
+                    retained[target] = leaving
+                    of_head[window + target] = of_head[ring]
+                of_head[ring] = fresh_score[row, head] if fresh_score is not None and margin == 0 else 0.0
                 num_slots = int(num_retained[row, head])
             for slots, new in ((keys[row, head], k[row, 0, head]), (values[row, head], v[row, 0, head])):
                 if target is not None:
