@@ -1,6 +1,7 @@
 """The token scorer: eager and Triton against the loop, and streaming against the whole text."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def make_parameters(head_size, layers=3, scorers=2, *, kernel=KERNEL, dtype=torc
     """[weight, bias] a layer, then the projection's; values of size 1 so that every term counts."""
     widths = [max(1, (2 * head_size) >> layer) for layer in range(layers + 1)]
     parameters = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         parameters += [(2.0 / (kernel * a)) ** 0.5 * torch.randn(scorers, kernel * a, b, dtype=torch.float64)]
         parameters += [torch.randn(scorers, b, dtype=torch.float64)]
     parameters += [torch.randn(scorers, widths[-1], 1, dtype=torch.float64), torch.randn(scorers, 1).double()]
@@ -52,6 +53,13 @@ def empty_history(k, parameters, dilation=2, kernel=KERNEL):
 def test_outputs_and_gradients_equal_the_loop(time, scorers, dtype, device):
     inputs = make_inputs(time, dtype=dtype, device=device) + make_parameters(4, 3, scorers, dtype=dtype, device=device)
     assert_form_agrees(score, inputs)
+
+
+@pytest.mark.parametrize("time", [1, 2, 13, 65])
+@pytest.mark.parametrize("scorers", [1, 2])
+def test_the_kernels_equal_the_loop(time, scorers, device):
+    parameters = make_parameters(6, 3, scorers, dtype=torch.float32, device=device)
+    assert_form_agrees(score, make_inputs(time, 6, dtype=torch.float32, device=device) + parameters, form="triton")
 
 
 @pytest.mark.parametrize(("kernel", "dilation", "layers"), [(1, 1, 1), (5, 1, 2), (3, 3, 4)])

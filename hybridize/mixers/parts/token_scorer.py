@@ -50,12 +50,13 @@ class TokenScorer(nn.Module):
     @property
     def margin_tokens(self) -> int:
         """m: the logit of token j depends on the tokens j - m .. j + m."""
-        return len(self.weights) * self._stored // 2
+        return len(self.weights) * (self._stored // 2)
 
     @property
     def history_width(self) -> int:
         """Float32 numbers that streaming keeps for a row and head: every convolution's last inputs."""
-        return self._stored * sum(weight.shape[1] // self.kernel for weight in self.weights)
+        inputs: int = sum(weight.shape[1] for weight in self.weights) // self.kernel
+        return self._stored * inputs
 
     @property
     def _stored(self) -> int:

@@ -11,6 +11,10 @@ from .eager import token_scorer_step as _eager_step
 from .reference import token_scorer as _reference
 from .reference import token_scorer_step as _reference_step
 
+# A tile of a kernel holds all output channels of a convolution.
+MAX_HEAD_SIZE = 256
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 __all__ = ["token_scorer", "token_scorer_step"]
 
 
@@ -55,8 +59,13 @@ def token_scorer(
     check_shape(op, "real", real, tuple(k.shape[:2]))
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout is {dropout}, expected at least 0 and below 1")
-    form = choose(op, k, v, *weights, *biases, output_weight, output_bias)
-    run = _reference if form == "reference" else _eager
+    # Detached, since the kernels have a backward pass.
+    tensors = (x.detach() for x in (k, v, *weights, *biases, output_weight, output_bias))
+    form = choose(op, *tensors, has_kernel=True, kernel_fits=_fits(k, v, weights, compute_dtype))
+    if form == "triton":
+        from .fused import token_scorer as run
+    else:
+        run = _reference if form == "reference" else _eager
     return run(
         k,
         v,
@@ -125,6 +134,13 @@ def token_scorer_step(
             output_bias,
             dilation=dilation,
         )
+
+
+def _fits(k: Tensor, v: Tensor, weights: Sequence[Tensor], compute_dtype: torch.dtype | None) -> bool:
+    """Whether the kernels cover these sizes and types."""
+    widest = max(weight.shape[-1] for weight in weights)
+    known = k.dtype == v.dtype and k.dtype in KERNEL_DTYPES and compute_dtype in (None, *KERNEL_DTYPES)
+    return known and 0 < k.shape[-1] <= MAX_HEAD_SIZE and widest <= MAX_HEAD_SIZE and k.numel() > 0
 
 
 def history_width(widths: Sequence[int], stored: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import add_taps, channel_block, padded, silu, tiles_for
+from .tiles import add_taps, channel_block, padded, tiles_for
 
 COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PRECISION = "tf32x3"

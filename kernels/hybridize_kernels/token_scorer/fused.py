@@ -18,16 +18,6 @@ from .convolution import Layer, Projection, Text, convolve
 from .gradients import input_gradient, weight_gradient
 from .tiles import tiles_for
 
-MAX_HEAD_SIZE = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def fits(k: Tensor, v: Tensor, weights: Sequence[Tensor], compute_dtype: torch.dtype | None) -> bool:
-    """Whether these kernels cover a call."""
-    widest = max(weight.shape[-1] for weight in weights)
-    known = k.dtype == v.dtype and k.dtype in DTYPES and compute_dtype in (None, *DTYPES)
-    return known and 0 < k.shape[-1] <= MAX_HEAD_SIZE and widest <= MAX_HEAD_SIZE and k.numel() > 0
-
 
 def token_scorer(
     k: Tensor,
