@@ -3,6 +3,7 @@
 Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads, head size]`.
 """
 
+from .column_statistics import attention_log_sum_exp, column_statistics
 from .dispatch import use_implementation
 from .distillation_loss import distillation_loss
 from .gated_delta_rule import gated_delta_rule
@@ -12,6 +13,8 @@ from .retained_decode import retained_decode
 from .token_scorer import token_scorer, token_scorer_step
 
 __all__ = [
+    "attention_log_sum_exp",
+    "column_statistics",
     "distillation_loss",
     "eviction_position",
     "gated_delta_rule",

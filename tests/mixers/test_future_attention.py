@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.future_attention import HEADROOM, future_attention, retention_target_loss
+from hybridize_kernels import use_implementation
+from hybridize_kernels.dispatch import Implementation
 from tests.mixers.one_layer import OneLayer
 
 WINDOW = 4
@@ -31,11 +33,14 @@ def by_hand(q: Tensor, k: Tensor, positions: list[int], window: int, scale: floa
     return best
 
 
-@pytest.mark.parametrize("chunk", [3, 256])
-def test_is_the_largest_probability_from_outside_the_window(chunk: int) -> None:
+@pytest.mark.parametrize("form", ["reference", "eager", "triton"])
+def test_is_the_largest_probability_from_outside_the_window(form: Implementation) -> None:
     q, k = torch.randn(2, 15, 4, 8), torch.randn(2, 15, 2, 8)
     positions = torch.stack([torch.arange(15), (torch.arange(15) - 5).clamp(min=-1)])
-    future = future_attention(q, k, window=WINDOW, positions=positions, scale=0.3, chunk=chunk)
+    with use_implementation(form):
+        future = future_attention(q, k, window=WINDOW, positions=positions, scale=0.3)
+        unpadded = future_attention(q[:1], k[:1], window=WINDOW, positions=None, scale=0.3)
+    torch.testing.assert_close(unpadded, future[:1])
     for row in range(2):
         expected = torch.tensor(by_hand(q[row], k[row], positions[row].tolist(), WINDOW, 0.3))
         torch.testing.assert_close(future[row], expected, atol=1e-5, rtol=1e-5)

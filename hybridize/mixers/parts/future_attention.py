@@ -9,43 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUERY_CHUNK = 128
+from hybridize_kernels import column_statistics
+
 HEADROOM = 2.0
 """Standard deviations by which a token of average worth lies above the threshold of being kept."""
 
 
-@torch.no_grad()
-def future_attention(
-    q: Tensor, k: Tensor, *, window: int, positions: Tensor, scale: float, chunk: int = QUERY_CHUNK
-) -> Tensor:
+def future_attention(q: Tensor, k: Tensor, *, window: int, positions: Tensor | None, scale: float) -> Tensor:
     """Logarithm of the largest full-attention probability that a query at distance >= window gives each key.
 
     Args:
-        q: [B, T, HQ, D], k: [B, T, H, D], RoPE applied. positions: [B, T], -1 for padding.
-        window: tokens; scale: factor on q·k; chunk: queries at a time, which bounds the memory.
+        q: [B, T, HQ, D], k: [B, T, H, D], RoPE applied. positions: [B, T], -1 for padding; None: there is none.
+        window: tokens; scale: factor on q·k.
 
     Returns:
-        [B, T, H] float32; -inf where no query is that far.
+        [B, T, H] float32, without gradient; -inf where no query is that far.
     """
-    batch, num_tokens, num_heads, _ = k.shape
-    grouped = (q.float() * scale).unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, H, G, T, D]
-    keys = k.float().permute(0, 2, 3, 1)  # [B, H, D, T]
-    best = torch.full((batch, num_heads, num_tokens), -torch.inf, device=q.device)
-    # A token's position is at most its column, so queries of the first `window` columns are near to everything.
-    for start in range(min(window, num_tokens), num_tokens, chunk):
-        stop = min(start + chunk, num_tokens)
-        num_far = stop - window  # columns that some query of the chunk may be far from
-        with torch.autocast(q.device.type, enabled=False):
-            logits = grouped[:, :, :, start:stop].flatten(2, 3) @ keys[..., :stop]
-        logits = logits.unflatten(2, (-1, stop - start))  # [B, H, G, t, s]
-        query_position = positions[:, None, None, start:stop, None]
-        key_position = positions[:, None, None, None, :stop]
-        causal = (key_position >= 0) & (key_position <= query_position)
-        far = (causal & (query_position - key_position >= window))[..., :num_far]
-        log_sum = logits.masked_fill_(~causal, -torch.inf).logsumexp(-1, keepdim=True)
-        log_probability = logits[..., :num_far].sub_(log_sum).masked_fill_(~far, -torch.inf)
-        best[..., :num_far] = torch.maximum(best[..., :num_far], log_probability.amax((2, 3)))
-    return best.transpose(1, 2)
+    largest, _ = column_statistics(q, k, window=window, positions=positions, scale=scale, need_sum=False)
+    return largest
 
 
 def retention_target_loss(logit: Tensor, future: Tensor, positions: Tensor, *, sinks: int) -> Tensor:

@@ -57,9 +57,7 @@ def attention_log_sum_exp(
         order = _padding_first(positions)
         q, k = _reorder(q, order), _reorder(k, order)
     start, _ = _bounds(q, positions, cu_seqlens)
-    result = _log_sum_exp(
-        q.contiguous(), k.contiguous(), start, q.shape[-1] ** -0.5 if scale is None else float(scale)
-    )
+    result = _log_sum_exp(q.contiguous(), k.contiguous(), start, q.shape[-1] ** -0.5 if scale is None else float(scale))
     return result if positions is None else _reorder(result, order.argsort(1))
 
 

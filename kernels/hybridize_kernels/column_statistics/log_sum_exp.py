@@ -34,7 +34,7 @@ def log_sum_exp_kernel(
     inside = query < time
     row = ((batch * time + query) * heads + head) * G + member  # 64 bits: batch is
     k_ptr += (batch * time * heads + head) * D
-    q = load_tile(q_ptr + row * D, inside, tl.arange(0, SLICE), D, True)
+    q = load_tile(q_ptr + row * D, inside, tl.arange(0, SLICE), D, False, True)
     start = tl.load(start_ptr + batch * time + query, mask=inside, other=time)
 
     first = tl.min(start, axis=0) // KEYS * KEYS

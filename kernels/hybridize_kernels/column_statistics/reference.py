@@ -18,6 +18,8 @@ def column_statistics(
     """See `hybridize_kernels.column_statistics`; fp64 inputs are computed and returned in fp64."""
     heads = k.shape[2]
     logits, seen, distance = _logits(q, k, positions, cu_seqlens, scale)
+    if logits.numel() == 0:
+        return logits.new_empty(k.shape[:3]), logits.new_empty(k.shape[:3]) if need_sum else None
     if log_sum_exp is None:
         log_sum_exp = logits.masked_fill(~seen, -torch.inf).logsumexp(-1).transpose(1, 2)
     log_probability = logits - log_sum_exp.to(logits.dtype).transpose(1, 2)[..., None]

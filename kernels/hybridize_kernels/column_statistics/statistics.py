@@ -1,4 +1,4 @@
-"""The statistics from q, k and the log-sum-exp: a program owns a tile of keys and walks over the queries far from it."""
+"""The statistics from q, k and the log-sum-exp: a program owns a tile of keys and walks over the far queries."""
 
 import triton
 import triton.language as tl
@@ -39,7 +39,7 @@ def statistics_kernel(
     q_ptr += (batch * time * heads + head) * G * D
     k_rows = k_ptr + ((batch * time + key) * heads + head) * D
     log_sum_exp_ptr += (batch * heads + head) * time * G
-    k = load_tile(k_rows, inside, tl.arange(0, SLICE), D, True)
+    k = load_tile(k_rows, inside, tl.arange(0, SLICE), D, False, True)
     end = tl.load(end_ptr + batch * time + key, mask=inside, other=0)
 
     split_first = split * split_rows

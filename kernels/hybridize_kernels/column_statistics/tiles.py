@@ -1,7 +1,7 @@
 """What both kernels share: tile sizes, the rows of a tile, and the product of two tiles.
 
-A row is a (query, query head of the group) pair, row = query · G + member, so that any G fills a tile and a key is loaded
-once for its whole group.
+A row is a (query, query head of the group) pair, row = query · G + member, so that any G fills a tile and a key is
+loaded once for its whole group.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def tiles_for(head_size: int, dtype: torch.dtype) -> Tiles:
     else:
         tiles = Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), padded)
     if override := os.environ.get(VARIABLE):
-        given = dict(part.split("=") for part in override.split(";"))
-        tiles = replace(tiles, **{name: Tile(*map(int, values.split(","))) for name, values in given.items()})
+        for name, values in (part.split("=") for part in override.split(";")):
+            tile = Tile(*map(int, values.split(",")))
+            tiles = replace(tiles, log_sum_exp=tile) if name == "log_sum_exp" else replace(tiles, statistics=tile)
     return tiles
 
 
@@ -61,11 +62,11 @@ def rows_of(first_row, G: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def load_tile(rows, inside, column, D: tl.constexpr, MASKED: tl.constexpr):
-    """`[len(rows), len(column)]` from pointers to rows; zeros beyond D and, where MASKED, outside."""
+def load_tile(rows, inside, column, D: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr):
+    """`[len(rows), len(column)]` from pointers to rows; zeros beyond D, unless EVEN, and, where MASKED, outside."""
     if MASKED:
         return tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0)
-    if D % column.shape[0] != 0:
+    if not EVEN:
         return tl.load(rows[:, None] + column[None, :], mask=(column < D)[None, :], other=0.0)
     return tl.load(rows[:, None] + column[None, :])
 
@@ -85,10 +86,12 @@ def product(
     """The program's own tile times the transpose of the tile of `rows`; `kept` is that tile, if one slice is all."""
     column = tl.arange(0, SLICE)
     if SLICE == BLOCK_D:
-        return tl.dot(kept, tl.trans(load_tile(rows, inside, column, D, MASKED)), input_precision="ieee")
+        other = load_tile(rows, inside, column, D, D == BLOCK_D, MASKED)
+        return tl.dot(kept, tl.trans(other), input_precision="ieee")
     result = tl.zeros([kept_rows.shape[0], rows.shape[0]], tl.float32)
     for _ in range(BLOCK_D // SLICE):
-        part = load_tile(kept_rows, kept_inside, column, D, True)
-        result = tl.dot(part, tl.trans(load_tile(rows, inside, column, D, True)), result, input_precision="ieee")
+        part = load_tile(kept_rows, kept_inside, column, D, False, True)
+        other = load_tile(rows, inside, column, D, False, True)
+        result = tl.dot(part, tl.trans(other), result, input_precision="ieee")
         column += SLICE
     return result
