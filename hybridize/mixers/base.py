@@ -57,6 +57,8 @@ class MixerState(CacheLayerMixin):
         """Columns passed through so far, padding included."""
         self.seen_padding = False
         """A prompt had padding: positions cannot be told without a mask from then on."""
+        self.workspace: dict[str, Tensor] = {}
+        """Scratch memory of a kernel from one step for the next; it knows nothing of the text."""
         self._empty = {name: tensor[:1].clone() for name, tensor in tensors.items()}
         self.is_initialized = True
 

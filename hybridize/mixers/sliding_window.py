@@ -10,14 +10,15 @@ from torch import Tensor
 
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.sliding_window import SlidingWindowConfig
-from hybridize.mixers.parts.slots import put, take
-from hybridize_kernels import retained_attention
+from hybridize.mixers.parts.slots import entries_of, entry_columns, fill_ring, make_writable, ring_positions, take
+from hybridize_kernels import retained_attention, retained_decode
 
 
 class SlidingWindow(Mixer):
     """Softmax attention of each query over its last `window_tokens` tokens and the first `sink_tokens`.
 
-    The state holds a slot for each sink and a ring of W slots in which position p takes slot p mod W.
+    The state holds, for each key head, a ring of W slots in which position p takes slot p mod W, and a slot for each
+    sink, which moves there from the ring. What lies where follows from the last position.
     """
 
     config_class = SlidingWindowConfig
@@ -35,33 +36,31 @@ class SlidingWindow(Mixer):
         q, k = rope(q), rope(k)
         if state is None:
             return self._attend(q, k, v, positions, positions), {}
+        make_writable(state.tensors)
         if q.shape[1] == 1 and not torch.is_grad_enabled():
-            # The token that the new one displaces has just left its window, so the state can be written first.
-            self._write_one(state, k, v, positions)
-            return self._attend(q, state["keys"], state["values"], positions, state["positions"]), {}
-        if state.seen_tokens == 0:
-            out = self._attend(q, k, v, positions, positions)
-        else:
-            keys = torch.cat((state["keys"], k), dim=1)
-            values = torch.cat((state["values"], v), dim=1)
-            key_positions = torch.cat((state["positions"], positions.to(torch.int32)), dim=1)
-            out = self._attend(q, keys, values, positions, key_positions)
-        self._write(state, k.detach(), v.detach(), positions)
-        return out, {}
+            return self._decode(q, k, v, state, positions), {}
+        return self._append(q, k, v, state, positions), {}
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
-        heads, head_size = self.geometry.num_key_heads, self.geometry.head_size
-        slots = self.config.sink_tokens + self.config.window_tokens
+        slots = self.config.window_tokens + self.config.sink_tokens
+        shape = (batch, self.geometry.num_key_heads, slots, self.geometry.head_size)
         return MixerState(
             {
-                "keys": torch.zeros(batch, slots, heads, head_size, device=device, dtype=dtype),
-                "values": torch.zeros(batch, slots, heads, head_size, device=device, dtype=dtype),
-                "positions": torch.full((batch, slots), -1, device=device, dtype=torch.int32),
+                "keys": torch.zeros(shape, device=device, dtype=dtype),
+                "values": torch.zeros(shape, device=device, dtype=dtype),
                 "last_position": torch.full((batch,), -1, device=device, dtype=torch.int32),
             }
         )
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        ordered_from: int | None = None,
+    ) -> Tensor:
         return retained_attention(
             q,
             k,
@@ -69,33 +68,57 @@ class SlidingWindow(Mixer):
             window=self.config.window_tokens,
             sinks=self.config.sink_tokens,
             query_positions=query_positions,
-            key_positions=key_positions.long(),
+            key_positions=key_positions,
             scale=self.scale,
+            ordered_from=ordered_from,
         )
 
-    def _slot(self, positions: Tensor) -> Tensor:
-        sinks = self.config.sink_tokens
-        slot = torch.where(positions < sinks, positions, sinks + positions % self.config.window_tokens)
-        return slot.clamp(min=0).long()
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, state: MixerState, positions: Tensor) -> Tensor:
+        return retained_decode(
+            q,
+            k,
+            v,
+            state["keys"],
+            state["values"],
+            state["last_position"],
+            window=self.config.window_tokens,
+            sinks=self.config.sink_tokens,
+            positions=positions,
+            scale=self.scale,
+            workspace=state.workspace,
+        )
 
-    def _write_one(self, state: MixerState, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        slot, valid = self._slot(positions), positions >= 0
-        for name, value in (("keys", k), ("values", v), ("positions", positions)):
-            state[name] = put(state[name], slot, value, valid)
-        state["last_position"] = torch.maximum(state["last_position"], positions[:, 0].to(torch.int32))
+    def _append(self, q: Tensor, k: Tensor, v: Tensor, state: MixerState, positions: Tensor) -> Tensor:
+        """Attends from T further tokens and takes them into the state."""
+        if state.seen_tokens == 0:
+            out = self._attend(q, k, v, positions, positions)
+            self._store(state, k, v, positions)
+            return out
+        window, sinks, before = self.config.window_tokens, self.config.sink_tokens, state["last_position"]
+        # Sinks that have left the ring, in order, after the empty slots.
+        num_left = (before.long() + 1 - window).clamp(0, sinks)[:, None]
+        order = torch.arange(sinks, device=before.device) - (sinks - num_left)  # [B, sinks]; below 0: empty
+        slots = order.clamp(min=0)[:, None]
+        keys = entries_of(state["keys"], slots, before, window, k)
+        values = entries_of(state["values"], slots, before, window, v)
+        key_positions = torch.cat((order.clamp(min=-1), ring_positions(before, window), positions), dim=1)
+        # Where padding may lie between real tokens, the op has to look.
+        ordered_from = None if state.seen_padding else sinks
+        out = self._attend(q, keys, values, positions, key_positions, ordered_from)
+        self._store(state, keys, values, positions)
+        return out
 
-    def _write(self, state: MixerState, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        batch, num_tokens = positions.shape
-        num_slots = state["positions"].shape[1]
-        last = torch.maximum(state["last_position"], positions.amax(1).to(torch.int32))
-        in_window = positions > (last - self.config.window_tokens)[:, None]
-        stays = (positions >= 0) & (in_window | (positions < self.config.sink_tokens))
-        # For every slot the new column that fills it, or -1. Tokens that do not stay share one slot past the end.
-        target = torch.where(stays, self._slot(positions), num_slots)
-        source = torch.full((batch, num_slots + 1), -1, device=positions.device)
-        columns = torch.arange(num_tokens, device=positions.device).expand(batch, -1)
-        source = source.scatter(1, target, columns)[:, :-1]
-        for name, value in (("keys", k), ("values", v), ("positions", positions.to(torch.int32))):
-            filled = (source >= 0).view(*source.shape, *(1,) * (value.ndim - 2))
-            state[name] = torch.where(filled, take(value, source.clamp(min=0)), state[name])
-        state["last_position"] = last
+    @torch.no_grad()
+    def _store(self, state: MixerState, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Takes the last T of the entries [B, S, H, D] into the state; positions: [B, T]."""
+        window, before = self.config.window_tokens, state["last_position"]
+        last = torch.maximum(before, positions.amax(1).to(torch.int32))
+        sink = torch.arange(self.config.sink_tokens, device=last.device).expand(len(last), -1)
+        columns = entry_columns(sink, positions, before, keys.shape[1])
+        leaves = (sink > (before - window)[:, None]) & (sink <= (last - window)[:, None])  # [B, sinks]
+        for name, entries in (("keys", keys), ("values", values)):
+            retained = state[name][:, :, window:]
+            moved = take(entries, columns).transpose(1, 2)
+            retained.copy_(torch.where(leaves[:, None, :, None], moved, retained))
+            fill_ring(state[name], entries, positions, before, last, window)
+        state["last_position"].copy_(last)

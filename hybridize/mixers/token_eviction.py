@@ -6,8 +6,8 @@ small CNN over the keys before RoPE and the values of the tokens j - m .. j + m.
 gets the gradient of a gate on v_j.
 
 What differs from the paper: the cap binds in training, prefill and decode alike, and by the same rule (there it is
-left out of training, and prefill lets early queries see by the whole prompt's ranking); a score is computed once, when
-its right context is there, from the last 2 m tokens kept before RoPE, instead of rescoring a de-rotated window.
+left out of training, and prefill lets early queries see by the whole prompt's ranking); a score is computed once, as
+soon as its right context is there, by a scorer that streams, instead of rescoring a de-rotated window now and then.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.budget_controller import BudgetController
 from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
-from hybridize.mixers.parts.retained_slots import (
-    SLOTS,
-    best_ranked,
-    completed,
-    lowest_ranked,
-    rank_entries,
-    real_tokens_last,
+from hybridize.mixers.parts.retained_slots import completed, fill_retained
+from hybridize.mixers.parts.slots import (
+    entries_of,
+    fill_ring,
+    make_writable,
+    real_tokens_first,
+    ring_positions,
+    take,
 )
-from hybridize.mixers.parts.slots import put, take
 from hybridize.mixers.parts.token_scorer import TokenScorer
-from hybridize_kernels import retained_attention
+from hybridize_kernels import retained_attention, retained_decode
 
 SCORE_GRID = 2.0**16
 """Scores are compared on a grid of this many steps a unit: tokens in equal surroundings tie exactly (the earlier one
@@ -60,12 +60,13 @@ class RetentionTargets:
     """What a batch teaches the scorer; it stays the same while the projections are frozen.
 
     Attributes:
-        scored: [B, T, H, 2 D], what the scorer reads. positions: [B, T].
+        keys, values: [B, T, H, D], what the scorer reads, the keys before RoPE. positions: [B, T].
         future: [B, T, H], see `future_attention`; -inf where the score is incomplete.
         complete: [B, T] bool.
     """
 
-    scored: Tensor
+    keys: Tensor
+    values: Tensor
     positions: Tensor
     future: Tensor
     complete: Tensor
@@ -74,8 +75,8 @@ class RetentionTargets:
 class TokenEviction(Mixer):
     """Softmax attention over a window and at most `budget_tokens` retained older tokens per key head.
 
-    The state is one set of W + `budget_tokens` slots per key head, in no order: the window fills W of them, so what is
-    left is the cap. A new token takes the slot of the lowest-ranked one.
+    The state holds, for each key head, a ring of W slots, `budget_tokens` slots for retained tokens, and the last
+    inputs of the scorer's convolutions, from which it goes on with the next token.
     """
 
     config_class = TokenEvictionConfig
@@ -121,12 +122,16 @@ class TokenEviction(Mixer):
         state: MixerState | None,
         positions: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        scored = torch.cat((k, v), dim=-1)
+        unrotated = k
         q, k = rope(q), rope(k)
         if state is not None:
-            return self._continue(q, k, v, scored, state, positions), {}
+            make_writable(state.tensors)
+            if q.shape[1] == 1 and not torch.is_grad_enabled():
+                return self._decode(q, k, v, unrotated, state, positions), {}
+            return self._append(q, k, v, unrotated, state, positions), {}
 
-        logit = self._logits(scored, positions) if self.training else self._logits_in_any_padding(scored, positions)
+        compute = self._logits if self.training else self._logits_in_any_padding
+        logit = compute(unrotated, v, positions)
         score = self._score(logit)
         complete = self._complete(positions)
         decided = torch.where(complete[..., None], _on_grid(score), 0.0)
@@ -163,7 +168,7 @@ class TokenEviction(Mixer):
             rope(q), rope(k), window=self.config.window_tokens, positions=positions, scale=self.scale
         )
         future = future.masked_fill(~complete[..., None], -torch.inf)
-        return RetentionTargets(torch.cat((k, v), dim=-1), positions, future, complete)
+        return RetentionTargets(k, v, positions, future, complete)
 
     def align_loss(self, targets: RetentionTargets) -> Tensor:
         """The scorer's regression loss, a scalar; sets `auxiliary` as a forward pass does.
@@ -171,38 +176,40 @@ class TokenEviction(Mixer):
         The error of the output is left out: beside this loss its gradient changed neither which tokens are retained
         nor the error that remains, and it costs a pass through the attention, forward and back.
         """
-        logit = self._logits(targets.scored, targets.positions)
+        logit = self._logits(targets.keys, targets.values, targets.positions)
         self.auxiliary = {"eviction_budget": self._budget_loss(self._score(logit), targets.complete)}
         return retention_target_loss(logit, targets.future, targets.positions, sinks=self.config.sink_tokens)
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         heads, head_size = self.geometry.num_key_heads, self.geometry.head_size
-        slots = self.config.window_tokens + self.config.budget_tokens
-        unscored = 2 * self.config.margin_tokens
+        budget = self.config.budget_tokens
+        slots = self.config.window_tokens + budget
+        history = self.config.scorer_history_width(head_size)
         return MixerState(
             {
-                "keys": torch.zeros(batch, slots, heads, head_size, device=device, dtype=dtype),
-                "values": torch.zeros(batch, slots, heads, head_size, device=device, dtype=dtype),
-                "scores": torch.zeros(batch, slots, heads, device=device, dtype=torch.float32),
-                "positions": torch.full((batch, slots, heads), -1, device=device, dtype=torch.int32),
-                "unscored": torch.zeros(batch, unscored, heads, 2 * head_size, device=device, dtype=dtype),
+                "keys": torch.zeros(batch, heads, slots, head_size, device=device, dtype=dtype),
+                "values": torch.zeros(batch, heads, slots, head_size, device=device, dtype=dtype),
+                "scores": torch.zeros(batch, heads, slots, device=device, dtype=torch.float32),
+                "retained_positions": torch.full((batch, heads, budget), -1, device=device, dtype=torch.int32),
+                "num_retained": torch.zeros(batch, heads, device=device, dtype=torch.int32),
+                "scorer_history": torch.zeros(batch, heads, history, device=device, dtype=torch.float32),
                 "last_position": torch.full((batch,), -1, device=device, dtype=torch.int32),
             }
         )
 
     # Scores.
 
-    def _logits(self, scored: Tensor, positions: Tensor) -> Tensor:
-        """scored [B, T, H, 2 D], positions [B, T] -> [B, T, H]; padding must not lie between real tokens."""
+    def _logits(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """k before RoPE, v [B, T, H, D], positions [B, T] -> [B, T, H]; no padding may lie between real tokens."""
         if self.config.detach_scorer_input:
-            scored = scored.detach()
-        logit: Tensor = self.new.scorer(scored, positions >= 0)
+            k, v = k.detach(), v.detach()
+        logit: Tensor = self.new.scorer(k, v, positions >= 0)
         return logit.detach() if self.training and self._in_first_steps(self.config.freeze_steps) else logit
 
-    def _logits_in_any_padding(self, scored: Tensor, positions: Tensor) -> Tensor:
+    def _logits_in_any_padding(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """The same where padding lies between real tokens, as in a batch of conversations padded turn by turn."""
-        order = real_tokens_last(positions)
-        return take(self._logits(take(scored, order), take(positions, order)), order.argsort(dim=1))
+        order = real_tokens_first(positions)
+        return take(self._logits(take(k, order), take(v, order), take(positions, order)), order.argsort(dim=1))
 
     def _complete(self, positions: Tensor) -> Tensor:
         """[B, T] bool: the last m tokens of a row lack right context; they are inside every window, without a score."""
@@ -236,6 +243,7 @@ class TokenEviction(Mixer):
         key_positions: Tensor,
         *,
         budget: int | None,
+        ordered_from: int | None = None,
     ) -> Tensor:
         return retained_attention(
             q,
@@ -246,40 +254,70 @@ class TokenEviction(Mixer):
             sinks=self.config.sink_tokens,
             budget=budget,
             query_positions=query_positions,
-            key_positions=key_positions.long(),
+            key_positions=key_positions,
             scale=self.scale,
+            ordered_from=ordered_from,
         )
 
-    def _continue(
-        self, q: Tensor, k: Tensor, v: Tensor, scored: Tensor, state: MixerState, positions: Tensor
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, state: MixerState, positions: Tensor
+    ) -> Tensor:
+        num_new = (positions[:, 0] >= 0).to(torch.int32)
+        before = state["last_position"] + 1
+        logit = self.new.scorer.extend(unrotated, v, state["scorer_history"], num_new, before)
+        return retained_decode(
+            q,
+            k,
+            v,
+            state["keys"],
+            state["values"],
+            state["last_position"],
+            window=self.config.window_tokens,
+            sinks=self.config.sink_tokens,
+            positions=positions,
+            scale=self.scale,
+            scores=state["scores"],
+            retained_positions=state["retained_positions"],
+            num_retained=state["num_retained"],
+            fresh_score=_on_grid(self._score(logit[:, 0])),
+            margin=self.config.margin_tokens,
+            workspace=state.workspace,
+        )
+
+    def _append(
+        self, q: Tensor, k: Tensor, v: Tensor, unrotated: Tensor, state: MixerState, positions: Tensor
     ) -> Tensor:
         """Attends from T further tokens and takes them into the state."""
-        num_heads, window, sinks = k.shape[2], self.config.window_tokens, self.config.sink_tokens
-        before = state["last_position"]
-        last = torch.maximum(before, positions.amax(1).to(torch.int32))
-        fresh = self._fresh_scores(state, scored, positions, last)
-        new_positions = positions.to(torch.int32)[..., None].expand(-1, -1, num_heads)
-        arrived = {
-            "keys": k,
-            "values": v,
-            "scores": torch.zeros(new_positions.shape, device=k.device),
-            "positions": new_positions,
+        new_positions = positions[..., None].expand(-1, -1, k.shape[2])
+        if state.seen_tokens == 0:
+            # Decided by the very numbers that decide where there is no state.
+            logit = self._logits_in_any_padding(unrotated, v, positions).detach()
+            score = torch.where(self._complete(positions)[..., None], _on_grid(self._score(logit)), 0.0)
+            self._start_history(unrotated, v, state, positions)
+            out = self._attend(q, k, v, score, positions, positions, budget=self.config.budget_tokens)
+            self._store(state, {"keys": k, "values": v, "scores": score, "positions": new_positions}, positions)
+            return out
+        window, before = self.config.window_tokens, state["last_position"]
+        # Retained tokens in order, after the empty slots.
+        held, slots = state["retained_positions"].sort(dim=2)
+        unscored = torch.zeros(new_positions.shape, device=k.device)
+        entries = {
+            name: entries_of(state[name], slots, before, window, new)
+            for name, new in (("keys", k), ("values", v), ("scores", unscored))
         }
-        one = q.shape[1] == 1 and not torch.is_grad_enabled()
-        if one:
-            # What the new token displaces is what its query does not see, so the state can be written first.
-            state["scores"] = completed(state["scores"], state["positions"], fresh, before, last, self._margin)
-            rank = rank_entries(state["scores"], state["positions"], last, window=window, sinks=sinks)
-            slot = lowest_ranked(rank, state["positions"])
-            for name in SLOTS:
-                state[name] = put(state[name], slot, arrived[name], positions >= 0)
-            entries = state.tensors
-        else:
-            if state.seen_tokens == 0:
-                entries = arrived
-            else:
-                entries = {name: torch.cat((state[name], arrived[name]), dim=1) for name in SLOTS}
-            entries["scores"] = completed(entries["scores"], entries["positions"], fresh, before, last, self._margin)
+        in_ring = ring_positions(before, window)[..., None].expand(-1, -1, k.shape[2])
+        entries["positions"] = torch.cat((held.transpose(1, 2), in_ring, new_positions), dim=1)
+        order, num_new = real_tokens_first(positions), (positions >= 0).sum(1)
+        logit = self.new.scorer.extend(
+            take(unrotated, order), take(v, order), state["scorer_history"], num_new, before + 1
+        )
+        entries["scores"] = completed(
+            entries["scores"],
+            entries["positions"],
+            _on_grid(self._score(logit)),
+            before + 1 - self.config.margin_tokens,
+            num_new,
+        )
         out = self._attend(
             q,
             entries["keys"],
@@ -287,34 +325,34 @@ class TokenEviction(Mixer):
             entries["scores"],
             positions,
             entries["positions"],
-            budget=None if one else self.config.budget_tokens,  # the state holds no more than that
+            budget=self.config.budget_tokens,
+            # Where padding may lie between real tokens, the op has to look.
+            ordered_from=None if state.seen_padding else self.config.budget_tokens,
         )
-        if not one:
-            rank = rank_entries(entries["scores"], entries["positions"], last, window=window, sinks=sinks)
-            state.tensors.update(best_ranked(entries, rank, state["positions"].shape[1]))
-        state["last_position"] = last
+        self._store(state, entries, positions)
         return out
 
-    @property
-    def _margin(self) -> int:
-        return self.config.margin_tokens  # type: ignore[no-any-return]
+    @torch.no_grad()
+    def _start_history(self, k: Tensor, v: Tensor, state: MixerState, positions: Tensor) -> None:
+        """Leaves the scorer where it is after a whole text [B, T, H, D]: its last 2 m tokens tell all of it."""
+        num_tokens, num_real = positions.shape[1], (positions >= 0).sum(1)
+        reach = min(2 * self.config.margin_tokens, num_tokens)
+        if reach == 0:
+            return
+        skipped = (num_real - reach).clamp(min=0)
+        last = skipped[:, None] + torch.arange(reach, device=k.device)
+        columns = real_tokens_first(positions).gather(1, last)
+        self.new.scorer.extend(take(k, columns), take(v, columns), state["scorer_history"], num_real - skipped, skipped)
 
-    def _fresh_scores(self, state: MixerState, scored: Tensor, positions: Tensor, last: Tensor) -> Tensor:
-        """Scores of the last 2 m stored tokens and the new ones, [B, 2 m + T, H]; the last column is position `last`.
-
-        Of these, the positions from m before the old last one to m before the new last one are final now. The last 2 m
-        tokens are stored for the next call.
-        """
-        stored = 2 * self._margin
-        steps_back = torch.arange(stored - 1, -1, -1, device=positions.device)
-        stored_positions = (state["last_position"].long()[:, None] - steps_back).clamp(min=-1)
-        x = torch.cat((state["unscored"], scored), dim=1)
-        x_positions = torch.cat((stored_positions, positions), dim=1)
-        # Real tokens side by side at the right, whatever padding came with this call or an earlier one.
-        order = real_tokens_last(x_positions)
-        x, x_positions = take(x, order), take(x_positions, order)
-        state["unscored"] = x[:, x.shape[1] - stored :].detach().clone()  # a view would hold the whole prompt
-        return _on_grid(self._score(self._logits(x, x_positions))).detach()
+    @torch.no_grad()
+    def _store(self, state: MixerState, entries: dict[str, Tensor], positions: Tensor) -> None:
+        """Takes the entries into the state; their last T columns are new, at positions [B, T]."""
+        window, before = self.config.window_tokens, state["last_position"]
+        last = torch.maximum(before, positions.amax(1).to(torch.int32))
+        fill_retained(state.tensors, entries, last, window=window, sinks=self.config.sink_tokens)
+        for name in ("keys", "values", "scores"):
+            fill_ring(state[name], entries[name], positions, before, last, window)
+        before.copy_(last)
 
 
 def _on_grid(score: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class SlidingWindowConfig(MixerConfig):
         slots = self.sink_tokens + self.window_tokens
         key_value_bytes = 2 * geometry.num_key_heads * geometry.head_size * element_bytes
         last_position_bytes = POSITION_BYTES
-        return slots * (key_value_bytes + POSITION_BYTES) + last_position_bytes
+        return slots * key_value_bytes + last_position_bytes
 
     def new_parameters(self, geometry: AttentionGeometry) -> int:
         return 0

@@ -13,6 +13,7 @@ from hybridize.mixers.configs.base import MixerConfig
 
 POSITION_BYTES = 4
 SCORE_BYTES = 4
+COUNT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,17 @@ class TokenEvictionConfig(MixerConfig):
             ]
         return []
 
+    def scorer_history_width(self, head_size: int) -> int:
+        """Float32 numbers a key head that decoding keeps for the scorer: the last inputs of each convolution."""
+        return (self.scorer_kernel - 1) * self.scorer_dilation * sum(self.scorer_widths(head_size)[:-1])
+
     def state_bytes(self, geometry: AttentionGeometry, context: int, element_bytes: int) -> int:
-        key_value_bytes = 2 * geometry.head_size * element_bytes
         slots = self.window_tokens + self.budget_tokens
-        slot_bytes = slots * (key_value_bytes + SCORE_BYTES + POSITION_BYTES)
-        unscored_bytes = 2 * self.margin_tokens * key_value_bytes
+        slot_bytes = slots * (2 * geometry.head_size * element_bytes + SCORE_BYTES)
+        retained_bytes = self.budget_tokens * POSITION_BYTES + COUNT_BYTES
+        history_bytes = self.scorer_history_width(geometry.head_size) * SCORE_BYTES
         last_position_bytes = POSITION_BYTES
-        return geometry.num_key_heads * (slot_bytes + unscored_bytes) + last_position_bytes
+        return geometry.num_key_heads * (slot_bytes + retained_bytes + history_bytes) + last_position_bytes
 
     def new_parameters(self, geometry: AttentionGeometry) -> int:
         """Of one layer; with scorer_sharing "model" the same parameters serve every layer."""

@@ -1,62 +1,47 @@
-"""Which tokens stay in the slots of a token-eviction state.
+"""Which tokens stay in the retained slots of a token-eviction state when many tokens come at once.
 
-Entries are tensors [B, S, H, ...] by name: keys, values, float32 scores (0 until final), int32 positions (-1: empty).
+Entries are tensors [B, S, H, ...] by name, in order of position: keys, values, float32 scores, positions.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hybridize.mixers.parts.slots import take
 
-SLOTS = ("keys", "values", "scores", "positions")
 
-
-def rank_entries(scores: Tensor, positions: Tensor, last: Tensor, *, window: int, sinks: int) -> Tensor:
-    """Who stays, highest first: the window and sinks (+inf), kept tokens by score, everything else (-inf).
+def completed(scores: Tensor, positions: Tensor, fresh: Tensor, first: Tensor, num_fresh: Tensor) -> Tensor:
+    """Writes the scores that have become final.
 
     Args:
-        scores, positions: [B, S, H]. last: [B], newest position of each row. window, sinks: tokens.
+        scores, positions: [B, S, H] of the entries. fresh: [B, n, H], of which column t is position first + t.
+        first, num_fresh: [B]; of a row's columns the first `num_fresh` count.
     """
-    stays = (positions > (last - window)[:, None, None]) | (positions < sinks)
-    rank = torch.where(scores > 0, scores, -torch.inf)
-    rank = torch.where(stays, torch.inf, rank)
-    return torch.where(positions >= 0, rank, -torch.inf)
+    column = positions - first[:, None, None]
+    final = (positions >= 0) & (column >= 0) & (column < num_fresh[:, None, None])
+    return torch.where(final, take(fresh, column.clamp(0, fresh.shape[1] - 1)), scores)
 
 
-def lowest_ranked(rank: Tensor, positions: Tensor) -> Tensor:
-    """[B, 1, H]: the entry that goes first; of equals the latest."""
-    lowest = rank == rank.amin(1, keepdim=True)
-    return torch.where(lowest, positions, -2).argmax(1, keepdim=True)
-
-
-def best_ranked(entries: dict[str, Tensor], rank: Tensor, num_slots: int) -> dict[str, Tensor]:
-    """The `num_slots` entries that rank first, of equals the earlier; empty slots where there are fewer."""
-    by_position = entries["positions"].argsort(dim=1, stable=True)
-    by_rank = take(rank, by_position).argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-    kept = take(by_position, by_rank)
-    missing = num_slots - kept.shape[1]
-    best = {name: take(entries[name].detach(), kept) for name in SLOTS}
-    best["positions"] = torch.where(take(rank, kept) > -torch.inf, best["positions"], -1)
-    padding = {name: (0, 0) * (tensor.ndim - 2) + (0, missing) for name, tensor in best.items()}
-    return {name: F.pad(best[name], padding[name], value=-1 if name == "positions" else 0) for name in SLOTS}
-
-
-def completed(scores: Tensor, positions: Tensor, fresh: Tensor, before: Tensor, last: Tensor, margin: int) -> Tensor:
-    """Writes the scores that have become final: those of positions in (before - m, last - m].
+def fill_retained(
+    state: dict[str, Tensor], entries: dict[str, Tensor], last: Tensor, *, window: int, sinks: int
+) -> None:
+    """Writes the best of what has left the window: sinks first, then by score, of equals the earlier.
 
     Args:
-        scores, positions: [B, S, H] of the entries. fresh: [B, n, H], of which column n - 1 is position `last`.
-        before, last: [B] last position before and after this call.
+        state: keys, values [B, H, W + C, D], scores [B, H, W + C], retained_positions [B, H, C], num_retained [B, H].
+        entries: keys, values, scores, positions. last: [B], newest position of each row. window, sinks: tokens.
     """
-    column = positions - last[:, None, None] + fresh.shape[1] - 1
-    final = (positions > (before - margin)[:, None, None]) & (positions <= (last - margin)[:, None, None])
-    final = final & (positions >= 0)
-    return torch.where(final, take(fresh, column.clamp(0, fresh.shape[1] - 1).long()), scores)
-
-
-def real_tokens_last(positions: Tensor) -> Tensor:
-    """positions [B, T] -> [B, T]: the columns with padding first, else in the order they were."""
-    return (positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
+    positions, scores = entries["positions"], entries["scores"]
+    sink = positions < sinks
+    kept = (positions >= 0) & (positions <= (last - window)[:, None, None]) & (sink | (scores > 0))
+    rank = torch.where(sink, torch.inf, scores).masked_fill(~kept, -torch.inf)
+    best = rank.argsort(dim=1, descending=True, stable=True)[:, : state["retained_positions"].shape[2]]
+    kept = kept.gather(1, best).transpose(1, 2)  # [B, H, n]
+    slots = slice(window, window + best.shape[1])
+    for name in ("keys", "values", "scores"):
+        state[name][:, :, slots] = take(entries[name], best).transpose(1, 2)
+    state["retained_positions"].fill_(-1)
+    chosen = positions.gather(1, best).transpose(1, 2)
+    state["retained_positions"][:, :, : best.shape[1]] = torch.where(kept, chosen, -1).to(torch.int32)
+    state["num_retained"].copy_(kept.sum(-1))

@@ -1,4 +1,9 @@
-"""Reading and writing the slots of a fixed-size decoding state."""
+"""A fixed-size decoding state: a ring of the last W tokens, and slots for older ones, in one buffer a key head.
+
+Tensors of the state are [B, H, W + C, ...]: position p lies in slot p mod W, the slots from W on hold what was
+retained. `retained_decode` writes it a token at a time; here is what many tokens at once need. They are attended to
+together with the state as *entries* [B, S, H, ...]: what is retained, the ring in order of position, the new tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +13,68 @@ from torch import Tensor
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x [B, S, ...] at index [B, n] or, head by head, [B, n, H] -> [B, n, ...]."""
-    return x.gather(1, _spread(index, x))
-
-
-def put(x: Tensor, index: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """Writes values [B, 1, ...] to slot index [B, 1] or [B, 1, H] of x [B, S, ...] where valid [B, 1]; in place.
-
-    Returns the written tensor: a copy of x if x was made in inference mode and may not be written outside of it.
-    """
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        x = x.clone()
-    index = _spread(index, x)
-    valid = valid.view(valid.shape + (1,) * (x.ndim - valid.ndim))
-    return x.scatter_(1, index, torch.where(valid, values.to(x.dtype), x.gather(1, index)))
-
-
-def _spread(index: Tensor, x: Tensor) -> Tensor:
     index = index.view(index.shape + (1,) * (x.ndim - index.ndim))
-    return index.expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
+def make_writable(tensors: dict[str, Tensor]) -> None:
+    """Replaces by copies what was made in inference mode and may not be written outside of it."""
+    for name, tensor in tensors.items():
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            tensors[name] = tensor.clone()
+
+
+def ring_positions(last: Tensor, window: int) -> Tensor:
+    """last [B], the newest position -> [B, W]: the ring's positions in order, -1 where nothing lies."""
+    steps_back = torch.arange(window - 1, -1, -1, device=last.device)
+    return (last.long()[:, None] - steps_back).clamp(min=-1)
+
+
+def entries_of(x: Tensor, retained: Tensor, last: Tensor, window: int, new: Tensor) -> Tensor:
+    """The entries of one tensor of the state.
+
+    Args:
+        x: [B, H, W + C, ...]. retained: [B, H or 1, n] order in which to take the slots 0 .. C - 1 beside the ring.
+        last: [B], newest position in the ring. new: [B, T, H, ...].
+
+    Returns:
+        [B, n + W + T, H, ...].
+    """
+    heads = x.shape[1]
+    ring = ring_positions(last, window).clamp(min=0) % window  # [B, W]
+    index = torch.cat((window + retained.expand(-1, heads, -1), ring[:, None].expand(-1, heads, -1)), dim=2)
+    index = index.view(*index.shape, *(1,) * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:])
+    return torch.cat((x.gather(2, index).transpose(1, 2), new.to(x.dtype)), dim=1)
+
+
+def real_tokens_first(positions: Tensor) -> Tensor:
+    """positions [B, T] -> [B, T]: the columns in the order they were, then those of padding."""
+    return (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def entry_columns(wanted: Tensor, positions: Tensor, before: Tensor, num_entries: int) -> Tensor:
+    """Columns of entries that lie in the ring or are new, by their positions.
+
+    Args:
+        wanted: [B, n] positions (any column where none is of that position). positions: [B, T] of the new tokens.
+        before: [B] newest position in the ring. num_entries: S.
+    """
+    steps = wanted - before.long()[:, None]  # 1 is the first new token, 0 the last of the ring
+    num_new = positions.shape[1]
+    new = real_tokens_first(positions).gather(1, (steps - 1).clamp(0, num_new - 1))
+    old_entries = num_entries - num_new
+    return torch.where(steps > 0, old_entries + new, (old_entries - 1 + steps).clamp(min=0))
+
+
+def fill_ring(x: Tensor, entries: Tensor, positions: Tensor, before: Tensor, last: Tensor, window: int) -> None:
+    """Writes the last W tokens of the entries to the ring of x.
+
+    Args:
+        x: [B, H, W + C, ...]. entries: [B, S, H, ...]. positions: [B, T] of the new tokens.
+        before, last: [B] newest position before and after them.
+    """
+    slot = torch.arange(window, device=last.device)
+    newest = last.long()[:, None]
+    held = newest - (newest - slot) % window  # below 0 where nothing lies
+    columns = entry_columns(held, positions, before, entries.shape[1])
+    x[:, :, :window] = take(entries, columns).transpose(1, 2)
