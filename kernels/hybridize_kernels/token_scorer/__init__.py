@@ -100,8 +100,8 @@ def token_scorer_step(
 
     Args:
         k, v: `[B, T, H, D]`; the first num_new columns of a row are its tokens, the others are ignored.
-        history: `[B, H, width]` fp32, written in place: for each convolution its last (kernel − 1) · dilation inputs,
-            oldest first, width = Σ (kernel − 1) · dilation · C_l. Zero before the first token.
+        history: `[B, H, width]` fp32, written in place: for each convolution its last P = (kernel − 1) · dilation
+            inputs `[P, C_l]`, that of token n in slot n mod P; width = P Σ C_l. Zero before the first token.
         num_new: `[B]` integers, 0 .. T. num_before: `[B]` integers, tokens seen before this call.
         weights, biases, output_weight, output_bias, dilation: as of `token_scorer`.
 
@@ -119,9 +119,13 @@ def token_scorer_step(
     check_shape(op, "history", history, (batch, heads, history_width([2 * head_size, *_widths(biases)], stored)))
     check_shape(op, "num_new", num_new, (batch,))
     check_shape(op, "num_before", num_before, (batch,))
-    form = choose(op, k.detach(), v.detach(), history, output_weight.detach())
-    run = _reference_step if form == "reference" else _eager_step
     with torch.no_grad():
+        fits = stored > 0 and history.is_contiguous() and _fits(k, v, weights, history.dtype)
+        form = choose(op, k, v, history, *weights, *biases, output_weight, has_kernel=True, kernel_fits=fits)
+        if form == "triton":
+            from .streaming import token_scorer_step as run
+        else:
+            run = _reference_step if form == "reference" else _eager_step
         return run(
             k,
             v,

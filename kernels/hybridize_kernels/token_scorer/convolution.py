@@ -1,7 +1,7 @@
 """One convolution of the scorer as a kernel, with what follows it: mask, storage, projection.
 
-Between layers lies z, the convolution before SiLU, `[B, H, T, C]` and zero at padding; the next layer applies SiLU as it
-loads (SiLU(0) = 0), and the backward pass needs nothing else.
+Between layers lies z, the convolution before SiLU, `[B, H, T, C]` and zero at padding; the next layer applies SiLU as
+it loads (SiLU(0) = 0), and the backward pass needs nothing else.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class Layer:
     weight: Tensor
     bias: Tensor
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, compute: torch.dtype) -> Layer:
+        return cls(weight.to(compute).contiguous(), bias.float().contiguous())
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -74,6 +78,10 @@ class Projection:
     bias: Tensor
     logits: Tensor
     partial: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, logits: Tensor, partial: Tensor | None = None) -> Projection:
+        return cls(weight.float().contiguous(), bias.float().contiguous(), logits, partial)
 
 
 def convolve(

@@ -70,11 +70,12 @@ def token_scorer_step(
     """The scores that further tokens complete: column t's logit is that of the token `margin` before it.
 
     k, v: `[B, T, H, D]`, of which the first num_new `[B]` columns of a row are tokens; num_before `[B]` tokens came
-    before them. history `[B, H, width]` holds every convolution's last (kernel − 1) · dilation inputs, is zero before
-    the first token, and is written in place. Returns `[B, T, H]`, of meaning up to column num_new. No gradient.
+    before them. history `[B, H, width]` holds every convolution's last P = (kernel − 1) · dilation inputs, that of
+    token n in slot n mod P; it is zero before the first token and written in place. Returns `[B, T, H]`, of meaning up
+    to column num_new, without gradient.
     """
     dtype = torch.promote_types(history.dtype, torch.float32)
-    num_tokens, num_heads = k.shape[1:3]
+    num_tokens = k.shape[1]
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
         position = num_before[:, None] + torch.arange(num_tokens, device=k.device)  # [B, T]
         x = torch.cat((k, v), dim=-1).to(dtype)
@@ -83,10 +84,14 @@ def token_scorer_step(
             channels = x.shape[-1]
             taps = weight.to(dtype).unflatten(1, (-1, channels))
             stored = dilation * (taps.shape[1] - 1)
-            past = history[:, :, start : start + stored * channels].unflatten(2, (stored, channels))
-            text = torch.cat((past.transpose(1, 2).to(dtype), x), dim=1)  # [B, stored + T, H, C]
-            last = num_new[:, None].long() + torch.arange(stored, device=k.device)
-            past.copy_(text.gather(1, last[:, :, None, None].expand(-1, -1, num_heads, channels)).transpose(1, 2))
+            ring = history[:, :, start : start + stored * channels].unflatten(2, (stored, channels))
+            slots = torch.arange(stored, device=k.device)
+            oldest_first = (num_before[:, None] + slots) % max(1, stored)
+            past = ring.gather(2, _over(oldest_first, ring)).transpose(1, 2).to(dtype)
+            text = torch.cat((past, x), dim=1)  # [B, stored + T, H, C]
+            # Of the last `stored` inputs, the one whose number ends up in each slot.
+            latest = num_new[:, None] + (slots - num_before[:, None] - num_new[:, None]) % max(1, stored)
+            ring.copy_(text.transpose(1, 2).gather(2, _over(latest, ring)))
             z = bias.to(dtype)
             for tap in range(taps.shape[1]):
                 z = z + _multiply(text[:, tap * dilation : tap * dilation + num_tokens], taps[:, tap])
@@ -95,6 +100,11 @@ def token_scorer_step(
             x = F.silu(torch.where((position >= 0)[:, :, None, None], z, 0.0))
             start += stored * channels
         return (_multiply(x, output_weight.to(dtype)) + output_bias.to(dtype)).squeeze(-1)
+
+
+def _over(index: Tensor, ring: Tensor) -> Tensor:
+    """[B, n] -> [B, H, n, C], for a gather along slots."""
+    return index.long()[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:

@@ -72,19 +72,19 @@ class _TokenScorer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(k, v, start, end, seed, output_weight, output_bias, *parameters)
         ctx.options = dilation, dropped, compute
-        text, layers = _prepared(k, v, start, end, seed, *ctx.options, parameters)
+        text, layers = _prepared(k, v, start, end, seed, parameters, *ctx.options)
         logits = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
         z = None
         for index in range(len(layers) - 1):
             z = _next(text, layers, index, z)
-        convolve(text, layers, len(layers) - 1, z, None, _projection(output_weight, output_bias, logits))
+        convolve(text, layers, len(layers) - 1, z, None, Projection.of(output_weight, output_bias, logits))
         return logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         k, v, start, end, seed, output_weight, output_bias, *parameters = ctx.saved_tensors
-        text, layers = _prepared(k, v, start, end, seed, *ctx.options, parameters)
+        text, layers = _prepared(k, v, start, end, seed, parameters, *ctx.options)
         batch, time, heads = gradient.shape
         scorers = output_weight.shape[0]
         gradient = gradient.float().contiguous()
@@ -97,7 +97,7 @@ class _TokenScorer(torch.autograd.Function):
         tiles = triton.cdiv(time, tiles_for(outputs, text.compute).convolution.tokens)
         partial = torch.empty(batch, heads, tiles, outputs, dtype=torch.float32, device=k.device)
         dz = torch.empty(batch, heads, time, outputs, dtype=text.compute, device=k.device)
-        convolve(text, layers, last, zs[last], dz, _projection(output_weight, output_bias, gradient, partial))
+        convolve(text, layers, last, zs[last], dz, Projection.of(output_weight, output_bias, gradient, partial))
 
         weight_gradients: list[Tensor | None] = [None] * len(layers)
         bias_gradients: list[Tensor | None] = [None] * len(layers)
@@ -135,27 +135,18 @@ def _prepared(
     start: Tensor,
     end: Tensor,
     seed: Tensor,
+    parameters: Sequence[Tensor],
     dilation: int,
     dropped: int,
     compute: torch.dtype,
-    parameters: Sequence[Tensor],
 ) -> tuple[Text, list[Layer]]:
-    layers = make_layers(parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :], compute)
+    count = len(parameters) // 2
+    layers = [
+        Layer.of(weight, bias, compute) for weight, bias in zip(parameters[:count], parameters[count:], strict=True)
+    ]
     kernel = layers[0].weight.shape[1] // (2 * k.shape[-1])
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     return Text(k, v, start, end, kernel, dilation, dropped, seed, compute), layers
-
-
-def make_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], compute: torch.dtype) -> list[Layer]:
-    """The parameters in the types and the memory layout that the kernels read."""
-    return [
-        Layer(weight.to(compute).contiguous(), bias.float().contiguous())
-        for weight, bias in zip(weights, biases, strict=True)
-    ]
-
-
-def _projection(weight: Tensor, bias: Tensor, logits: Tensor, partial: Tensor | None = None) -> Projection:
-    return Projection(weight.float().contiguous(), bias.float().contiguous(), logits, partial)
 
 
 def _next(text: Text, layers: list[Layer], index: int, z: Tensor | None) -> Tensor:

@@ -68,12 +68,13 @@ def token_scorer_step(
                 taps = weight.to(dtype).unflatten(1, (-1, token.shape[-1]))
                 stored = dilation * (taps.shape[1] - 1)
                 end = start + stored * token.shape[-1]
-                past = history[row, :, start:end].to(dtype).unflatten(1, (stored, token.shape[-1]))
-                text = torch.cat((past, token[:, None]), dim=1)  # [H, stored + 1, C]
-                history[row, :, start:end] = text[:, 1:].flatten(1)
-                z = bias.to(dtype).expand(num_heads, -1)
-                for tap in range(taps.shape[1]):
-                    z = z + (text[:, tap * dilation, None] @ taps[:, tap]).squeeze(-2)
+                ring = history[row, :, start:end].unflatten(1, (stored, token.shape[-1]))
+                number = int(num_before[row]) + t
+                z = bias.to(dtype) + (token[:, None] @ taps[:, -1]).squeeze(-2)
+                for tap in range(taps.shape[1] - 1):
+                    z = z + (ring[:, (number + tap * dilation) % stored, None].to(dtype) @ taps[:, tap]).squeeze(-2)
+                if stored:
+                    ring[:, number % stored] = token
                 # The layer speaks of the token in the middle of its taps; before the text all is zero.
                 position -= stored // 2
                 token = F.silu(z) if position >= 0 else torch.zeros_like(z)

@@ -61,7 +61,8 @@ def tiles_for(outputs: int, dtype: torch.dtype) -> Tiles:
 
 def padded(channels: int) -> int:
     """The width of a tile that holds so many channels."""
-    return max(LEAST, triton.next_power_of_2(channels))
+    width: int = max(LEAST, triton.next_power_of_2(channels))
+    return width
 
 
 def channel_block(channels: int, most: int) -> int:
