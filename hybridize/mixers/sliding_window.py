@@ -10,7 +10,15 @@ from torch import Tensor
 
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.sliding_window import SlidingWindowConfig
-from hybridize.mixers.parts.slots import entries_of, entry_columns, fill_ring, make_writable, ring_positions, take
+from hybridize.mixers.parts.slots import (
+    entries_of,
+    entry_columns,
+    make_writable,
+    real_tokens_first,
+    ring_held,
+    ring_positions,
+    take,
+)
 from hybridize_kernels import retained_attention, retained_decode
 
 
@@ -113,12 +121,15 @@ class SlidingWindow(Mixer):
         """Takes the last T of the entries [B, S, H, D] into the state; positions: [B, T]."""
         window, before = self.config.window_tokens, state["last_position"]
         last = torch.maximum(before, positions.amax(1).to(torch.int32))
+        order = real_tokens_first(positions) if state.seen_padding else None
+        sizes = positions.shape[1], keys.shape[1]
+        in_ring = entry_columns(ring_held(last, window), before, order, *sizes)
         sink = torch.arange(self.config.sink_tokens, device=last.device).expand(len(last), -1)
-        columns = entry_columns(sink, positions, before, keys.shape[1])
+        leaving = entry_columns(sink, before, order, *sizes)
         leaves = (sink > (before - window)[:, None]) & (sink <= (last - window)[:, None])  # [B, sinks]
         for name, entries in (("keys", keys), ("values", values)):
             retained = state[name][:, :, window:]
-            moved = take(entries, columns).transpose(1, 2)
+            moved = take(entries, leaving).transpose(1, 2)
             retained.copy_(torch.where(leaves[:, None, :, None], moved, retained))
-            fill_ring(state[name], entries, positions, before, last, window)
+            state[name][:, :, :window] = take(entries, in_ring).transpose(1, 2)
         state["last_position"].copy_(last)

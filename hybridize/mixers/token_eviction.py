@@ -26,9 +26,10 @@ from hybridize.mixers.parts.future_attention import future_attention, retention_
 from hybridize.mixers.parts.retained_slots import completed, fill_retained
 from hybridize.mixers.parts.slots import (
     entries_of,
-    fill_ring,
+    entry_columns,
     make_writable,
     real_tokens_first,
+    ring_held,
     ring_positions,
     take,
 )
@@ -289,13 +290,16 @@ class TokenEviction(Mixer):
     ) -> Tensor:
         """Attends from T further tokens and takes them into the state."""
         new_positions = positions[..., None].expand(-1, -1, k.shape[2])
+        # None: no padding; where it may lie between real tokens, the op has to look.
+        order = real_tokens_first(positions) if state.seen_padding else None
         if state.seen_tokens == 0:
             # Decided by the very numbers that decide where there is no state.
-            logit = self._logits_in_any_padding(unrotated, v, positions).detach()
-            score = torch.where(self._complete(positions)[..., None], _on_grid(self._score(logit)), 0.0)
-            self._start_history(unrotated, v, state, positions)
+            compute = self._logits if order is None else self._logits_in_any_padding
+            score = _on_grid(self._score(compute(unrotated, v, positions).detach()))
+            score = torch.where(self._complete(positions)[..., None], score, 0.0)
+            self._start_history(unrotated, v, state, positions, order)
             out = self._attend(q, k, v, score, positions, positions, budget=self.config.budget_tokens)
-            self._store(state, {"keys": k, "values": v, "scores": score, "positions": new_positions}, positions)
+            self._store(state, {"keys": k, "values": v, "scores": score, "positions": new_positions}, positions, order)
             return out
         window, before = self.config.window_tokens, state["last_position"]
         # Retained tokens in order, after the empty slots.
@@ -307,17 +311,12 @@ class TokenEviction(Mixer):
         }
         in_ring = ring_positions(before, window)[..., None].expand(-1, -1, k.shape[2])
         entries["positions"] = torch.cat((held.transpose(1, 2), in_ring, new_positions), dim=1)
-        order, num_new = real_tokens_first(positions), (positions >= 0).sum(1)
-        logit = self.new.scorer.extend(
-            take(unrotated, order), take(v, order), state["scorer_history"], num_new, before + 1
-        )
-        entries["scores"] = completed(
-            entries["scores"],
-            entries["positions"],
-            _on_grid(self._score(logit)),
-            before + 1 - self.config.margin_tokens,
-            num_new,
-        )
+        num_new = (positions >= 0).sum(1)
+        scored = (unrotated, v) if order is None else (take(unrotated, order), take(v, order))
+        logit = self.new.scorer.extend(*scored, state["scorer_history"], num_new, before + 1)
+        fresh = _on_grid(self._score(logit))
+        first = before + 1 - self.config.margin_tokens
+        entries["scores"] = completed(entries["scores"], entries["positions"], fresh, first, num_new)
         out = self._attend(
             q,
             entries["keys"],
@@ -326,34 +325,39 @@ class TokenEviction(Mixer):
             positions,
             entries["positions"],
             budget=self.config.budget_tokens,
-            # Where padding may lie between real tokens, the op has to look.
-            ordered_from=None if state.seen_padding else self.config.budget_tokens,
+            ordered_from=self.config.budget_tokens if order is None else None,
         )
-        self._store(state, entries, positions)
+        self._store(state, entries, positions, order)
         return out
 
     @torch.no_grad()
-    def _start_history(self, k: Tensor, v: Tensor, state: MixerState, positions: Tensor) -> None:
+    def _start_history(self, k: Tensor, v: Tensor, state: MixerState, positions: Tensor, order: Tensor | None) -> None:
         """Leaves the scorer where it is after a whole text [B, T, H, D]: its last 2 m tokens tell all of it."""
         num_tokens, num_real = positions.shape[1], (positions >= 0).sum(1)
         reach = min(2 * self.config.margin_tokens, num_tokens)
         if reach == 0:
             return
         skipped = (num_real - reach).clamp(min=0)
-        last = skipped[:, None] + torch.arange(reach, device=k.device)
-        columns = real_tokens_first(positions).gather(1, last)
-        self.new.scorer.extend(take(k, columns), take(v, columns), state["scorer_history"], num_real - skipped, skipped)
+        if order is None:
+            k, v = k[:, num_tokens - reach :], v[:, num_tokens - reach :]
+        else:
+            columns = order.gather(1, skipped[:, None] + torch.arange(reach, device=k.device))
+            k, v = take(k, columns), take(v, columns)
+        self.new.scorer.extend(k, v, state["scorer_history"], num_real - skipped, skipped)
 
     @torch.no_grad()
-    def _store(self, state: MixerState, entries: dict[str, Tensor], positions: Tensor) -> None:
+    def _store(self, state: MixerState, entries: dict[str, Tensor], positions: Tensor, order: Tensor | None) -> None:
         """Takes the entries into the state; their last T columns are new, at positions [B, T]."""
         window, before = self.config.window_tokens, state["last_position"]
         last = torch.maximum(before, positions.amax(1).to(torch.int32))
         fill_retained(state.tensors, entries, last, window=window, sinks=self.config.sink_tokens)
+        num_entries = entries["keys"].shape[1]
+        in_ring = entry_columns(ring_held(last, window), before, order, positions.shape[1], num_entries)
         for name in ("keys", "values", "scores"):
-            fill_ring(state[name], entries[name], positions, before, last, window)
+            state[name][:, :, :window] = take(entries[name], in_ring).transpose(1, 2)
         before.copy_(last)
 
 
 def _on_grid(score: Tensor) -> Tensor:
-    return score + (torch.round(score * SCORE_GRID) / SCORE_GRID - score).detach()
+    rounded = torch.round(score.detach() * SCORE_GRID) / SCORE_GRID
+    return score + (rounded - score).detach() if score.requires_grad else rounded

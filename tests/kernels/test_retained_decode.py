@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -35,35 +36,40 @@ class Stream:
     score_levels: int = 3
     padding: float = 0.2
     dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    tensors: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         def draw(heads: int) -> Tensor:
-            return torch.randn(self.batch, self.steps, heads, self.size).to(self.device, self.dtype)
+            return torch.randn(self.batch, self.steps, heads, self.size).to(self.dtype)
 
         # Few levels make ties; half of them are not kept.
         levels = torch.randint(-self.score_levels, self.score_levels + 1, (self.batch, self.steps, self.heads))
         real = torch.rand(self.batch, self.steps) >= self.padding
+        self.device = "cpu"
         self.q, self.k, self.v = draw(self.heads * self.group), draw(self.heads), draw(self.heads)
-        self.score = (levels.float() / 8).to(self.device)
-        self.positions = torch.where(real, real.cumsum(1) - 1, -1).to(self.device)
+        self.score = levels.float() / 8
+        self.positions = torch.where(real, real.cumsum(1) - 1, -1)
         capacity = self.budget if self.scored else self.sinks
-        slots, device = self.window + capacity, self.device
+        slots = self.window + capacity
         # What lies in a slot that is not occupied must not show.
         self.cache: dict[str, Tensor] = {
-            "keys": torch.full((self.batch, self.heads, slots, self.size), 99.0, dtype=self.dtype, device=device),
-            "values": torch.full((self.batch, self.heads, slots, self.size), 99.0, dtype=self.dtype, device=device),
-            "last_position": torch.full((self.batch,), -1, dtype=torch.int32, device=device),
+            "keys": torch.full((self.batch, self.heads, slots, self.size), 99.0, dtype=self.dtype),
+            "values": torch.full((self.batch, self.heads, slots, self.size), 99.0, dtype=self.dtype),
+            "last_position": torch.full((self.batch,), -1, dtype=torch.int32),
         }
         if self.scored:
             self.cache |= {
-                "scores": torch.zeros(self.batch, self.heads, slots, device=device),
-                "retained_positions": torch.full(
-                    (self.batch, self.heads, capacity), -1, dtype=torch.int32, device=device
-                ),
-                "num_retained": torch.zeros(self.batch, self.heads, dtype=torch.int32, device=device),
+                "scores": torch.zeros(self.batch, self.heads, slots),
+                "retained_positions": torch.full((self.batch, self.heads, capacity), -1, dtype=torch.int32),
+                "num_retained": torch.zeros(self.batch, self.heads, dtype=torch.int32),
             }
+
+    def to(self, device: str) -> Stream:
+        """The same numbers on that device."""
+        self.device = device
+        for name in ("q", "k", "v", "score", "positions"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.cache = {name: tensor.to(device) for name, tensor in self.cache.items()}
+        return self
 
     def empty_cache(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.cache.items()}
@@ -169,22 +175,29 @@ def test_edges(form: Implementation, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("scored", [True, False])
-@pytest.mark.parametrize(("group", "size"), [(1, 16), (3, 20), (4, 8)])
+@pytest.mark.parametrize(("heads", "group", "size"), [(2, 1, 16), (1, 3, 20), (1, 4, 8)])
 def test_the_kernel_equals_eager(
-    group: int, size: int, scored: bool, splits: int, monkeypatch: pytest.MonkeyPatch, device: str
+    heads: int, group: int, size: int, scored: bool, splits: int, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     # Tiles of 16 slots, so that a few dozen slots are several tiles and splits.
-    monkeypatch.setenv(kernel.SETTINGS_VARIABLE, f"16,4,2,{4 * splits}")
+    monkeypatch.setenv(kernel.SETTINGS_VARIABLE, f"16,4,2,{2 * heads * splits}")
     stream = Stream(
-        steps=44, window=25, budget=9, sinks=2, margin=3, group=group, size=size, scored=scored, device=device
-    )
-    assert kernel.num_splits(stream.cache["keys"]) == (splits if scored else min(splits, 2))
+        steps=42, heads=heads, window=28, budget=5, sinks=5, margin=3, group=group, size=size, scored=scored
+    ).to(device)
+    assert kernel.num_splits(stream.cache["keys"]) == splits
+    check(stream, "triton", state_as="eager")
+
+
+def test_the_kernel_takes_positions_that_rows_share(device: str) -> None:
+    stream = Stream(steps=9, padding=0.0).to(device)
+    stream.positions = torch.arange(9, device=device).expand(2, -1)
+    assert stream.positions.stride(0) == 0
     check(stream, "triton", state_as="eager")
 
 
 def test_a_workspace_serves_every_step(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setenv(kernel.SETTINGS_VARIABLE, "16,4,2,8")
-    stream = Stream(steps=6, window=20, group=3, device=device)
+    stream = Stream(steps=6, window=20, group=3).to(device)
     workspace: dict[str, Tensor] = {}
     own, given_one = stream.empty_cache(), stream.empty_cache()
     with use_implementation("triton"):
@@ -194,7 +207,7 @@ def test_a_workspace_serves_every_step(monkeypatch: pytest.MonkeyPatch, device: 
             assert torch.equal(out, stream.step(own, step))
             scratch += workspace.values()
         assert all(tensor is scratch[0] for tensor in scratch)
-        wider = Stream(batch=3, steps=1, window=20, group=3, padding=0.0, device=device)
+        wider = Stream(batch=3, steps=1, window=20, group=3, padding=0.0).to(device)
         check_one = wider.step(wider.empty_cache(), 0, workspace=workspace)
         assert_close("another batch", check_one, wider.whole(), OUTPUT[torch.float32])
 
@@ -259,16 +272,16 @@ def test_the_kernel_on_a_gpu(group: int, size: int, batch: int, dtype: torch.dty
         margin=6,
         padding=0.1,
         dtype=dtype,
-        device="cuda",
-    )
+    ).to("cuda")
+    exact = copy.copy(stream)  # the same cache, read in fp64
+    exact.q, exact.k, exact.v = stream.q.double(), stream.k.double(), stream.v.double()
     cache, other = stream.empty_cache(), stream.empty_cache()
+    tolerance = OUTPUT.get(dtype, OUTPUT[torch.bfloat16])
     for step in range(stream.steps):
         with use_implementation("triton"):
             out = stream.step(cache, step)
         with use_implementation("eager"):
-            expected = stream.step(other, step)
-        tolerance = OUTPUT[torch.bfloat16] if dtype != torch.float32 else OUTPUT[torch.float32]
-        assert_close(f"step {step}", out, expected, 2 * tolerance)  # both forms round
+            assert_close(f"step {step}", out, exact.step(other, step), tolerance)
         for name in cache if step % 60 == 59 else ():
             assert torch.equal(cache[name], other[name]), f"{name} after step {step}"
 
@@ -276,7 +289,7 @@ def test_the_kernel_on_a_gpu(group: int, size: int, batch: int, dtype: torch.dty
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 70])
 def test_a_captured_graph_replays_what_the_steps_do(batch: int) -> None:
-    stream = Stream(batch=batch, steps=30, group=4, size=64, window=40, dtype=torch.bfloat16, device="cuda")
+    stream = Stream(batch=batch, steps=30, group=4, size=64, window=40, dtype=torch.bfloat16).to("cuda")
     captured, plain = stream.empty_cache(), stream.empty_cache()
     first, count = 20, 5
     scores = [stream.final_score(step) for step in range(stream.steps)]

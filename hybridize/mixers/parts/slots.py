@@ -48,33 +48,27 @@ def entries_of(x: Tensor, retained: Tensor, last: Tensor, window: int, new: Tens
 
 
 def real_tokens_first(positions: Tensor) -> Tensor:
-    """positions [B, T] -> [B, T]: the columns in the order they were, then those of padding."""
+    """positions [B, T] -> [B, T]: the columns of tokens in the order they were, then those of padding."""
     return (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def entry_columns(wanted: Tensor, positions: Tensor, before: Tensor, num_entries: int) -> Tensor:
+def entry_columns(wanted: Tensor, before: Tensor, order: Tensor | None, num_new: int, num_entries: int) -> Tensor:
     """Columns of entries that lie in the ring or are new, by their positions.
 
     Args:
-        wanted: [B, n] positions (any column where none is of that position). positions: [B, T] of the new tokens.
-        before: [B] newest position in the ring. num_entries: S.
+        wanted: [B, n] positions (any column where none is of that position). before: [B] newest position in the ring.
+        order: [B, T], `real_tokens_first` of the new positions, or None where none of them is padding.
+        num_new: T. num_entries: S.
     """
     steps = wanted - before.long()[:, None]  # 1 is the first new token, 0 the last of the ring
-    num_new = positions.shape[1]
-    new = real_tokens_first(positions).gather(1, (steps - 1).clamp(0, num_new - 1))
+    new = (steps - 1).clamp(0, num_new - 1)
+    if order is not None:
+        new = order.gather(1, new)
     old_entries = num_entries - num_new
     return torch.where(steps > 0, old_entries + new, (old_entries - 1 + steps).clamp(min=0))
 
 
-def fill_ring(x: Tensor, entries: Tensor, positions: Tensor, before: Tensor, last: Tensor, window: int) -> None:
-    """Writes the last W tokens of the entries to the ring of x.
-
-    Args:
-        x: [B, H, W + C, ...]. entries: [B, S, H, ...]. positions: [B, T] of the new tokens.
-        before, last: [B] newest position before and after them.
-    """
-    slot = torch.arange(window, device=last.device)
+def ring_held(last: Tensor, window: int) -> Tensor:
+    """last [B], the newest position -> [B, W]: the position in each slot of the ring, below 0 where nothing lies."""
     newest = last.long()[:, None]
-    held = newest - (newest - slot) % window  # below 0 where nothing lies
-    columns = entry_columns(held, positions, before, entries.shape[1])
-    x[:, :, :window] = take(entries, columns).transpose(1, 2)
+    return newest - (newest - torch.arange(window, device=last.device)) % window

@@ -87,7 +87,7 @@ def retained_decode(
     """See `hybridize_kernels.retained_decode`."""
     batch, _, query_heads, head_size = q.shape
     heads, slots = keys.shape[1:3]
-    q, k, v, positions = q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     output = torch.empty_like(q)
     if batch * head_size == 0:
         return output
@@ -108,6 +108,7 @@ def retained_decode(
             last_position if num_retained is None else num_retained,
             last_position if fresh_score is None else fresh_score.contiguous(),
             positions,
+            positions.stride(0),
             last_position,
             output,
             scratch,
@@ -200,7 +201,7 @@ def _join_splits(
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["batch", "heads", "window", "capacity", "sinks", "margin", "splits"]
+    do_not_specialize=["positions_stride", "batch", "heads", "window", "capacity", "sinks", "margin", "splits"]
 )
 def _decode_kernel(
     q_ptr,  # [B, HQ, D]
@@ -213,6 +214,7 @@ def _decode_kernel(
     num_retained_ptr,  # [B, H]
     fresh_ptr,  # [B, H]
     positions_ptr,  # [B]
+    positions_stride,
     last_position_ptr,  # [B]
     output_ptr,  # [B, HQ, D]
     workspace_ptr,
@@ -238,7 +240,7 @@ def _decode_kernel(
     row_head = tl.program_id(0).to(tl.int64)  # offsets pass 2**31 long before memory ends
     split = tl.program_id(1)
     row = row_head // heads
-    position = tl.load(positions_ptr + row).to(tl.int32)
+    position = tl.load(positions_ptr + row * positions_stride).to(tl.int32)
     rows = tl.arange(0, BLOCK_G)
     columns = tl.arange(0, BLOCK_D)
     in_d = columns < D
