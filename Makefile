@@ -10,7 +10,7 @@ JOBS ?= 2
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format gpu-test fuzz clean
+.PHONY: help demo test check format gpu-test bench fuzz clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ format: $(VENV)/installed-dev  ## rewrite the code in the house format
 
 gpu-test: $(VENV)/installed-dev  ## the tests that need a CUDA GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/installed-dev  ## time the kernels beside their peers on this CUDA GPU (minutes); rows go to kernels/benchmarks/results
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/retained_attention.py
 
 fuzz: $(VENV)/installed-dev  ## the property tests, with many more examples than `make test` gives them
 	$(TEST_ENV) HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -k "fuzz or property"

@@ -1,0 +1,104 @@
+"""Column statistics: each pass alone, up to 128k tokens."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Report, Yardsticks, median_ms, relative_error
+from hybridize_kernels import attention_log_sum_exp, column_statistics, use_implementation
+
+WINDOW = 512
+LENGTHS = (8192, 32768, 131072)
+HEADS = ((32, 8, 128), (9, 3, 64))
+EAGER_LENGTH = 8192
+TILES = (
+    "128,128,4,2",
+    "128,128,8,2",
+    "128,128,8,3",
+    "64,128,4,2",
+    "64,128,4,3",
+    "128,64,4,2",
+    "128,64,4,3",
+    "256,128,8,2",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int
+    T: int
+    HQ: int
+    H: int
+    D: int
+    W: int
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    q, k = (torch.randn(case.B, case.T, heads, case.D, device=device) for heads in (case.HQ, case.H))
+    return (q.bfloat16(), k.bfloat16()) if device == "cuda" else (q, k)
+
+
+def error_of(case: Case) -> float:
+    """Largest relative error of the three results in the case's shapes, on a shorter text."""
+    short = Case(1, min(case.T, 1500), case.HQ, case.H, case.D, min(case.W, 500))
+    q, k = make_inputs(short)
+    found = (attention_log_sum_exp(q, k), *column_statistics(q, k, window=short.W))
+    with use_implementation("reference"):
+        q, k = q.double(), k.double()
+        wanted = (attention_log_sum_exp(q, k), *column_statistics(q, k, window=short.W))
+    worst = 0.0
+    for actual, expected in zip(found, wanted, strict=True):
+        assert actual is not None
+        assert expected is not None
+        finite = expected.isfinite()
+        worst = max(worst, relative_error(actual[finite], expected[finite]))
+    return worst
+
+
+def measure(case: Case, report: Report, yardsticks: Yardsticks, *, impl: str, **more: Any) -> None:
+    q, k = make_inputs(case)
+    num_heads = case.B * case.HQ
+    log_sum_exp = attention_log_sum_exp(q, k)
+    far = max(0, case.T - case.W)
+    passes = {
+        "log-sum-exp": (lambda: attention_log_sum_exp(q, k), case.T * (case.T + 1)),
+        "largest": (lambda: column_statistics(q, k, log_sum_exp, window=case.W, need_sum=False), far * (far + 1)),
+        "largest and sum": (lambda: column_statistics(q, k, log_sum_exp, window=case.W), far * (far + 1)),
+    }
+    for name, (call, twice_pairs) in passes.items():
+        with report.guarded(impl, name, vars(case)):
+            ms = median_ms(call)
+            report.add(
+                impl, name, vars(case), ms=ms, **yardsticks.of_matmul(case.D * num_heads * twice_pairs, ms), **more
+            )
+
+
+def run(report: Report, yardsticks: Yardsticks, *, tiny: bool) -> None:
+    cases = [Case(1, time, *heads, WINDOW) for heads, time in itertools.product(HEADS, LENGTHS)]
+    for case in [Case(1, 96, 4, 2, 16, 16)] if tiny else cases:
+        with report.guarded("ours", "column statistics", vars(case)):
+            error = error_of(case)
+            measure(case, report, yardsticks, impl="ours", rel_error=error)
+        if case.T == EAGER_LENGTH:
+            with report.guarded("eager", "column statistics", vars(case)), use_implementation("eager"):
+                measure(case, report, yardsticks, impl="eager")
+
+
+def run_tiles(report: Report, yardsticks: Yardsticks) -> None:
+    """The tiles that may do for the table in `column_statistics/tiles.py`, at 32k."""
+    tiles = import_module("hybridize_kernels.column_statistics.tiles")
+    for heads in HEADS:
+        case = Case(1, 32768, *heads, WINDOW)
+        for name in TILES:
+            override = {tiles.VARIABLE: f"log_sum_exp={name};statistics={name}"}
+            with report.guarded(name, "column statistics", vars(case)), mock.patch.dict("os.environ", override):
+                measure(case, report, yardsticks, impl=name, rel_error=error_of(case))
