@@ -91,17 +91,19 @@ def convolve(
     batch, time, heads, head_size = text.k.shape
     layer = layers[index]
     outputs = layer.bias.shape[-1]
-    tile = tiles_for(outputs, text.compute).convolution
-    tiles = triton.cdiv(time, tile.tokens)
     parts = (text.k, text.v) if inputs is None else (inputs, inputs)
     channels = head_size if inputs is None else inputs.shape[-1]
     streaming = text.history is not None
+    exact = inputs is None and text.k.dtype == torch.bfloat16 and text.compute == torch.float32 and not text.dropped
+    weight = in_parts(layer.weight) if exact else layer.weight[None]
+    tile = tiles_for(outputs, torch.bfloat16 if exact else text.compute).convolution
+    tiles = triton.cdiv(time, tile.tokens)
     nothing = layer.bias
     mode = "store" if last is None else "logits" if last.partial is None else "gradient"
     with torch.cuda.device_of(text.k):
         _convolution_kernel[(tiles * batch * heads,)](
             *parts,
-            layer.weight,
+            weight,
             layer.bias,
             text.start,
             text.end,
@@ -123,6 +125,7 @@ def convolve(
             2 * text.reach * sum(x.weight.shape[1] // text.kernel for x in layers[:index]),
             text.dropped,
             text.keep_scale,
+            weight.stride(0),
             C=channels,
             N=outputs,
             LAYER=index,
@@ -130,17 +133,30 @@ def convolve(
             BLOCK_C=channel_block(channels, tile.channels),
             BLOCK_N=padded(outputs),
             KERNEL=text.kernel,
+            SPLITS=weight.shape[0],
             SHARED=layer.weight.shape[0] == 1,
             FROM_TEXT=inputs is None,
             DROPOUT=text.dropped > 0,
             HISTORY=streaming,
             MODE=mode,
-            COMPUTE=COMPUTE[text.compute],
+            COMPUTE=COMPUTE[weight.dtype],
             PRECISION=PRECISION,
             STAGES=tile.stages,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+
+def in_parts(weight: Tensor) -> Tensor:
+    """`[3, ...]` bf16 parts of 8 bits each, whose sum is the fp32 weight.
+
+    Their products with bf16 keys and values are exact in fp32, at the matrix units' rate for bf16.
+    """
+    parts = []
+    for _ in range(3):
+        parts.append(weight.bfloat16())
+        weight = weight - parts[-1].float()
+    return torch.stack(parts)
 
 
 def strides(x: Tensor, *, of_text: bool) -> tuple[int, int, int]:
@@ -155,7 +171,7 @@ _RUNTIME = ["time", "heads", "tiles", "dilation", "left", "delay", "history_widt
 def _convolution_kernel(
     x_ptr,  # [B, T, H, C] keys, or z of the layer before: [B, H, T, C]
     y_ptr,  # values
-    w_ptr,  # [H or 1, KERNEL · width, N]
+    w_ptr,  # [SPLITS, H or 1, KERNEL · width, N]
     bias_ptr,  # [H or 1, N]
     start_ptr,  # [B]
     end_ptr,
@@ -183,6 +199,7 @@ def _convolution_kernel(
     history_start,
     dropped,
     keep_scale,
+    w_split_stride,
     C: tl.constexpr,
     N: tl.constexpr,
     LAYER: tl.constexpr,
@@ -190,6 +207,7 @@ def _convolution_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KERNEL: tl.constexpr,
+    SPLITS: tl.constexpr,
     SHARED: tl.constexpr,
     FROM_TEXT: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -206,7 +224,8 @@ def _convolution_kernel(
     scorer = head
     if SHARED:
         scorer = head * 0
-    times = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = tile * BLOCK_T
+    times = begin + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_N)
     in_n = columns < N
     WIDTH: tl.constexpr = 2 * C if FROM_TEXT else C
@@ -226,22 +245,22 @@ def _convolution_kernel(
     if FROM_TEXT and not HISTORY:
         lower = first
         upper = end
-    x_ptr += row * x_stride_b + head * x_stride_h
+    x_ptr += row * x_stride_b + head * x_stride_h + begin.to(tl.int64) * x_stride_t
     w_ptr += scorer * KERNEL * WIDTH * N
 
     z = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
     z = add_taps(
-        z, x_ptr, x_stride_t, w_ptr, times, lower, upper, dilation, left,
+        z, x_ptr, x_stride_t, w_ptr, w_split_stride, begin, lower, upper, dilation, left,
         history_ptr, num_before, row_head * time, seed_ptr, dropped, keep_scale,
-        C, 0, WIDTH, N, N, LAYER, BLOCK_C, BLOCK_N, KERNEL,
+        C, 0, WIDTH, N, N, LAYER, BLOCK_T, BLOCK_C, BLOCK_N, KERNEL, SPLITS,
         not FROM_TEXT, DROPOUT, HISTORY, COMPUTE, PRECISION, STAGES,
     )  # fmt: skip
     if FROM_TEXT:
-        y_ptr += row * y_stride_b + head * y_stride_h
+        y_ptr += row * y_stride_b + head * y_stride_h + begin.to(tl.int64) * y_stride_t
         z = add_taps(
-            z, y_ptr, y_stride_t, w_ptr, times, lower, upper, dilation, left,
+            z, y_ptr, y_stride_t, w_ptr, w_split_stride, begin, lower, upper, dilation, left,
             history_ptr, num_before, row_head * time, seed_ptr, dropped, keep_scale,
-            C, C, WIDTH, N, N, LAYER, BLOCK_C, BLOCK_N, KERNEL,
+            C, C, WIDTH, N, N, LAYER, BLOCK_T, BLOCK_C, BLOCK_N, KERNEL, SPLITS,
             False, DROPOUT, HISTORY, COMPUTE, PRECISION, STAGES,
         )  # fmt: skip
     z += tl.load(bias_ptr + scorer * N + columns, mask=in_n, other=0.0)[None, :]
@@ -263,5 +282,6 @@ def _convolution_kernel(
             tl.store(partial_ptr + (row_head * tiles + tile) * N + columns, partial, mask=in_n)
             z = gradient[:, None] * weight[None, :] * gate * (1.0 + z * (1.0 - gate))
     if MODE != "logits":
-        at = z_ptr + ((row_head * time + times) * N)[:, None] + columns[None, :]
+        z_ptr += (row_head * time + begin) * N
+        at = z_ptr + (tl.arange(0, BLOCK_T) * N)[:, None] + columns[None, :]
         tl.store(at, z.to(z_ptr.dtype.element_ty), mask=in_time[:, None] & in_n[None, :])

@@ -106,17 +106,19 @@ def _input_gradient_kernel(
     scorer = head
     if SHARED:
         scorer = head * 0
-    times = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = tile * BLOCK_T
+    steps = tl.arange(0, BLOCK_T)
+    times = begin + steps
     columns = tl.arange(0, BLOCK_N)
     in_n = (columns < N)[None, :]
 
     # What tap i of the output at t read, t + i · dilation − reach, gets its gradient from there: the signs turn.
     x = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
     x = add_taps(
-        x, gradient_ptr + row_head * time * C, C, w_ptr + scorer * KERNEL * C * W_WIDTH + first,
-        times, 0, time, -dilation, -reach,
+        x, gradient_ptr + (row_head * time + begin) * C, C, w_ptr + scorer * KERNEL * C * W_WIDTH + first, 0,
+        begin, 0, time, -dilation, -reach,
         gradient_ptr, 0, 0, seed_ptr, dropped, keep_scale,
-        C, 0, C, N, W_WIDTH, LAYER, BLOCK_C, BLOCK_N, KERNEL,
+        C, 0, C, N, W_WIDTH, LAYER, BLOCK_T, BLOCK_C, BLOCK_N, KERNEL, 1,
         False, False, False, COMPUTE, PRECISION, STAGES,
     )  # fmt: skip
     if DROPOUT:
@@ -126,13 +128,13 @@ def _input_gradient_kernel(
     is_token = (times >= tl.load(start_ptr + row)) & (times < tl.load(end_ptr + row))
     inside = (times < time)[:, None] & in_n
     if not TO_TEXT:
-        at = z_ptr + ((row_head * time + times) * N)[:, None] + columns[None, :]
+        at = z_ptr + (row_head * time + begin) * N + (steps * N)[:, None] + columns[None, :]
         z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gate = tl.sigmoid(z)
         x = x * gate * (1.0 + z * (1.0 - gate))
     x = tl.where(is_token[:, None], x, 0.0)
-    output_ptr += row * stride_b + head * stride_h
-    at = output_ptr + times.to(tl.int64)[:, None] * stride_t + columns[None, :]
+    output_ptr += row * stride_b + head * stride_h + begin.to(tl.int64) * stride_t
+    at = output_ptr + steps[:, None] * stride_t + columns[None, :]
     tl.store(at, x.to(output_ptr.dtype.element_ty), mask=inside)
 
 
@@ -246,17 +248,19 @@ def _weight_gradient_kernel(
         group = item // tiles
         row = (group // served).to(tl.int64)
         head = scorer + group % served
-        times = item % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-        source = times + tap * dilation - reach
+        begin = item % tiles * BLOCK_T
+        steps = tl.arange(0, BLOCK_T)
+        source = begin + steps + tap * dilation - reach
         lower = 0
         upper = time
         if FROM_TEXT:
             lower = tl.load(start_ptr + row)
             upper = tl.load(end_ptr + row)
         # Loaded with time along the second axis: nothing is transposed.
-        at = row * stride_b + head * stride_h + source.to(tl.int64)[None, :] * stride_t + channels[:, None]
+        from_here = row * stride_b + head * stride_h + (begin + tap * dilation - reach).to(tl.int64) * stride_t
+        at = steps[None, :] * stride_t + channels[:, None]
         inside = ((source >= lower) & (source < upper))[None, :] & in_c[:, None]
-        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        x = tl.load(x_ptr + from_here + at, mask=inside, other=0.0)
         if not FROM_TEXT:
             x = silu(x.to(tl.float32))
         first_row = (row * heads + head) * time
@@ -264,8 +268,9 @@ def _weight_gradient_kernel(
             hashes = hashed_rows(seed_ptr, LAYER, first_row + source)
             kept = is_kept(hashes[None, :], FIRST + channels[:, None], dropped)
             x = tl.where(kept, x.to(tl.float32) * keep_scale, 0.0)
-        at = ((first_row + times) * N)[:, None] + columns[None, :]
-        gradient = tl.load(gradient_ptr + at, mask=(times < time)[:, None] & in_n[None, :], other=0.0)
+        at = (steps * N)[:, None] + columns[None, :]
+        inside = (begin + steps < time)[:, None] & in_n[None, :]
+        gradient = tl.load(gradient_ptr + (first_row + begin) * N + at, mask=inside, other=0.0)
         weight_sum = tl.dot(x.to(COMPUTE), gradient, weight_sum, input_precision=PRECISION)
         bias_sum += tl.sum(gradient.to(tl.float32), axis=0)
 

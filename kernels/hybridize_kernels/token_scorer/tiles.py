@@ -109,10 +109,11 @@ def is_kept(row_hashes, channels, dropped):
 @triton.jit  # type: ignore[untyped-decorator]
 def add_taps(
     total,  # [BLOCK_T, BLOCK_N], fp32
-    x_ptr,  # inputs of this row and head from token 0 on
+    x_ptr,  # inputs of this row and head, from token `begin` on: offsets in a tile stay small
     x_stride,  # from a token to the next
-    w_ptr,  # [KERNEL, WIDTH, W_WIDTH] from the first column that counts on
-    times,  # [BLOCK_T]
+    w_ptr,  # [KERNEL, WIDTH, W_WIDTH] from the first column that counts on; SPLITS of them, whose sum is the weight
+    w_split_stride,
+    begin,  # time of the tile's first token
     lower,  # inputs at lower <= time < upper are read, others are zero
     upper,
     dilation,
@@ -129,9 +130,11 @@ def add_taps(
     N: tl.constexpr,
     W_WIDTH: tl.constexpr,
     LAYER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KERNEL: tl.constexpr,
+    SPLITS: tl.constexpr,
     ACTIVATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     HISTORY: tl.constexpr,
@@ -146,11 +149,12 @@ def add_taps(
         tap = part // chunks
         channels = (part % chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
         in_c = channels < C
-        source = times + tap * dilation - left
+        step = tl.arange(0, BLOCK_T) + tap * dilation - left
+        source = begin + step
         inside = ((source >= lower) & (source < upper))[:, None]
         if C % BLOCK_C != 0:
             inside = inside & in_c[None, :]
-        x = tl.load(x_ptr + source.to(tl.int64)[:, None] * x_stride + channels[None, :], mask=inside, other=0.0)
+        x = tl.load(x_ptr + step[:, None] * x_stride + channels[None, :], mask=inside, other=0.0)
         if ACTIVATE:
             x = silu(x.to(tl.float32))
         if HISTORY:
@@ -166,6 +170,9 @@ def add_taps(
         inside = (columns < N)[None, :]
         if C % BLOCK_C != 0:
             inside = inside & in_c[:, None]
-        w = tl.load(w_ptr + rows[:, None] + columns[None, :], mask=inside, other=0.0)
-        total = tl.dot(x.to(COMPUTE), w, total, input_precision=PRECISION)
+        x = x.to(COMPUTE)
+        for split in tl.static_range(SPLITS):
+            at = w_ptr + split * w_split_stride + rows[:, None] + columns[None, :]
+            w = tl.load(at, mask=inside, other=0.0)
+            total = tl.dot(x, w, total, input_precision=PRECISION)
     return total
