@@ -168,6 +168,8 @@ class Mixer(nn.Module):
             self.add_module(NEW_PARAMETERS, new)
         self.auxiliary: dict[str, Tensor] = {}
         """Named auxiliary losses of the last training forward (eviction budget, ...)."""
+        self.padded = True
+        """Whether `positions` may hold padding, as far as is known without asking the device; set before `mix`."""
 
     @classmethod
     def from_attention(cls, view: AttentionView, config: MixerConfig) -> Self:
@@ -269,12 +271,13 @@ class Mixer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         state = None if past_key_values is None else self.claim_state(past_key_values, batch, k)
+        self.padded = token_positions is not None
         if token_positions is None:
             first = 0 if state is None else state.seen_tokens
             token_positions = torch.arange(first, first + num_tokens, device=q.device).expand(batch, -1)
         elif state is not None and num_tokens > 1 and not state.seen_padding:
             # Asked for prompts only: the answer costs a wait for the GPU, and a single new token is hardly padding.
-            state.seen_padding = bool((token_positions < 0).any())
+            self.padded = state.seen_padding = bool((token_positions < 0).any())
         assert position_embeddings is not None
         out, auxiliary = self.mix(q, k, v, hidden_states, Rope(*position_embeddings), state, token_positions)
         self.auxiliary = auxiliary

@@ -43,7 +43,8 @@ class SlidingWindow(Mixer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         q, k = rope(q), rope(k)
         if state is None:
-            return self._attend(q, k, v, positions, positions), {}
+            in_order = positions if self.padded else None
+            return self._attend(q, k, v, in_order, in_order), {}
         make_writable(state.tensors)
         if q.shape[1] == 1 and not torch.is_grad_enabled():
             return self._decode(q, k, v, state, positions), {}
@@ -65,8 +66,8 @@ class SlidingWindow(Mixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        query_positions: Tensor,
-        key_positions: Tensor,
+        query_positions: Tensor | None,
+        key_positions: Tensor | None,
         ordered_from: int | None = None,
     ) -> Tensor:
         return retained_attention(
@@ -99,7 +100,8 @@ class SlidingWindow(Mixer):
     def _append(self, q: Tensor, k: Tensor, v: Tensor, state: MixerState, positions: Tensor) -> Tensor:
         """Attends from T further tokens and takes them into the state."""
         if state.seen_tokens == 0:
-            out = self._attend(q, k, v, positions, positions)
+            in_order = positions if self.padded else None
+            out = self._attend(q, k, v, in_order, in_order)
             self._store(state, k, v, positions)
             return out
         window, sinks, before = self.config.window_tokens, self.config.sink_tokens, state["last_position"]
@@ -111,7 +113,7 @@ class SlidingWindow(Mixer):
         values = entries_of(state["values"], slots, before, window, v)
         key_positions = torch.cat((order.clamp(min=-1), ring_positions(before, window), positions), dim=1)
         # Where padding may lie between real tokens, the op has to look.
-        ordered_from = None if state.seen_padding else sinks
+        ordered_from = None if self.padded else sinks
         out = self._attend(q, keys, values, positions, key_positions, ordered_from)
         self._store(state, keys, values, positions)
         return out
@@ -121,7 +123,7 @@ class SlidingWindow(Mixer):
         """Takes the last T of the entries [B, S, H, D] into the state; positions: [B, T]."""
         window, before = self.config.window_tokens, state["last_position"]
         last = torch.maximum(before, positions.amax(1).to(torch.int32))
-        order = real_tokens_first(positions) if state.seen_padding else None
+        order = real_tokens_first(positions) if self.padded else None
         sizes = positions.shape[1], keys.shape[1]
         in_ring = entry_columns(ring_held(last, window), before, order, *sizes)
         sink = torch.arange(self.config.sink_tokens, device=last.device).expand(len(last), -1)

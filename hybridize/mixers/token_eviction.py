@@ -131,19 +131,20 @@ class TokenEviction(Mixer):
                 return self._decode(q, k, v, unrotated, state, positions), {}
             return self._append(q, k, v, unrotated, state, positions), {}
 
-        compute = self._logits if self.training else self._logits_in_any_padding
+        compute = self._logits if self.training or not self.padded else self._logits_in_any_padding
         logit = compute(unrotated, v, positions)
         score = self._score(logit)
         complete = self._complete(positions)
         decided = torch.where(complete[..., None], _on_grid(score), 0.0)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
+        in_order = positions if self.padded else None
         out = self._attend(
             q,
             k,
             v,
             torch.ones_like(decided) if everything else decided,
-            positions,
-            positions,
+            in_order,
+            in_order,
             budget=None if everything else self.budget_tokens,
         )
         if not self.training:
@@ -240,8 +241,8 @@ class TokenEviction(Mixer):
         k: Tensor,
         v: Tensor,
         score: Tensor,
-        query_positions: Tensor,
-        key_positions: Tensor,
+        query_positions: Tensor | None,
+        key_positions: Tensor | None,
         *,
         budget: int | None,
         ordered_from: int | None = None,
@@ -291,14 +292,15 @@ class TokenEviction(Mixer):
         """Attends from T further tokens and takes them into the state."""
         new_positions = positions[..., None].expand(-1, -1, k.shape[2])
         # None: no padding; where it may lie between real tokens, the op has to look.
-        order = real_tokens_first(positions) if state.seen_padding else None
+        order = real_tokens_first(positions) if self.padded else None
         if state.seen_tokens == 0:
             # Decided by the very numbers that decide where there is no state.
             compute = self._logits if order is None else self._logits_in_any_padding
             score = _on_grid(self._score(compute(unrotated, v, positions).detach()))
             score = torch.where(self._complete(positions)[..., None], score, 0.0)
             self._start_history(unrotated, v, state, positions, order)
-            out = self._attend(q, k, v, score, positions, positions, budget=self.config.budget_tokens)
+            in_order = None if order is None else positions
+            out = self._attend(q, k, v, score, in_order, in_order, budget=self.config.budget_tokens)
             self._store(state, {"keys": k, "values": v, "scores": score, "positions": new_positions}, positions, order)
             return out
         window, before = self.config.window_tokens, state["last_position"]
