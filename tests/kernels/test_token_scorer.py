@@ -90,7 +90,7 @@ def test_a_padded_text_scores_like_the_text_alone(form, dtype, left, right, devi
 @pytest.mark.parametrize("shape", [(1, 6), (2, 21), (1, 50)])
 def test_padded_gradients_of_the_kernels(shape, device, monkeypatch):
     """Also over several tiles and splits, and with a row that is all padding."""
-    monkeypatch.setenv(VARIABLE, "convolution=16,16,4,2;weights=16,16,4,2")
+    monkeypatch.setenv(VARIABLE, "convolution=16,16,4,2;inputs=16,16,4,2;weights=16,16,4,2")
     batch, time = shape
     k, v = make_inputs(time, 24, batch=batch + 1, dtype=torch.float32, device=device)
     parameters = make_parameters(24, 2, dtype=torch.float32, device=device)

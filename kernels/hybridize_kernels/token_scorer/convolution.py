@@ -96,7 +96,7 @@ def convolve(
     streaming = text.history is not None
     exact = inputs is None and text.k.dtype == torch.bfloat16 and text.compute == torch.float32 and not text.dropped
     weight = in_parts(layer.weight) if exact else layer.weight[None]
-    tile = tiles_for(outputs, torch.bfloat16 if exact else text.compute).convolution
+    tile = tiles_for(outputs, text.compute, exact=exact).convolution
     tiles = triton.cdiv(time, tile.tokens)
     nothing = layer.bias
     mode = "store" if last is None else "logits" if last.partial is None else "gradient"

@@ -25,7 +25,7 @@ def input_gradient(
     """
     batch, heads, time, outputs = gradient.shape
     channels = output.shape[-1]
-    tile = tiles_for(channels, text.compute).convolution
+    tile = tiles_for(channels, text.compute).inputs
     tiles = triton.cdiv(time, tile.tokens)
     with torch.cuda.device_of(gradient):
         _input_gradient_kernel[(tiles * batch * heads,)](

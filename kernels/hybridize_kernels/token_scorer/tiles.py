@@ -28,31 +28,41 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of a convolution or its input's gradient, of the weights' gradient, and of the step of one token."""
+    """Tiles of a convolution, the gradient of its inputs, the gradient of its weights, and the step of one token."""
 
     convolution: Tile
+    inputs: Tile
     weights: Tile
-    step: Tile
+    step: Tile = Tile(16, 64, 4, 2)
 
 
-_STEP = Tile(16, 64, 4, 2)
 _HALF = {
-    64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), _STEP),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), _STEP),
-    256: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), _STEP),
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 4, 3)),
+    256: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
 }
 """By padded output channels, for fp16 and bf16 products."""
+
+_EXACT = {
+    64: Tile(128, 64, 4, 2),
+    128: Tile(128, 64, 8, 2),
+    256: Tile(128, 32, 8, 2),
+}
+"""Of a convolution whose weight comes in three bf16 parts."""
+
 _FLOAT = {
-    64: Tiles(Tile(128, 32, 4, 2), Tile(32, 64, 4, 2), _STEP),
-    128: Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), _STEP),
-    256: Tiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 8, 2)),
+    64: Tiles(Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
+    128: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
 }
 
 
-def tiles_for(outputs: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for a convolution to this many channels, with factors of this type."""
-    table = _FLOAT if dtype == torch.float32 else _HALF
-    tiles = table[max(64, padded(outputs))]
+def tiles_for(outputs: int, dtype: torch.dtype, *, exact: bool = False) -> Tiles:
+    """The tiles for a convolution to this many channels, with factors of this type; exact: in three bf16 parts."""
+    size = max(64, padded(outputs))
+    tiles = (_FLOAT if dtype == torch.float32 else _HALF)[size]
+    if exact:
+        tiles = replace(tiles, convolution=_EXACT[size])
     if override := os.environ.get(VARIABLE):
         given = dict(part.split("=") for part in override.split(";"))
         tiles = replace(tiles, **{name: Tile(*map(int, values.split(","))) for name, values in given.items()})
