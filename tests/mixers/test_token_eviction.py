@@ -204,6 +204,16 @@ def test_stored_scores_are_those_of_the_whole_sequence() -> None:
 
 
 @torch.no_grad()
+def test_state_made_in_inference_mode_can_be_continued_outside() -> None:
+    layer = eviction()
+    x, cache = layer.hidden_states(1, 30), DynamicCache()
+    with torch.inference_mode():
+        layer(x[:, :20], cache)
+    rest = torch.cat([layer(piece, cache) for piece in x[:, 20:].split([1, 8, 1], dim=1)], 1)
+    torch.testing.assert_close(rest, layer(x)[:, 20:], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_a_score_depends_on_its_margin_alone() -> None:
     layer = eviction()
     x = layer.hidden_states(1, 30)
