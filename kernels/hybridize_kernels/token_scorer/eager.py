@@ -1,4 +1,4 @@
-"""The token scorer in plain PyTorch: each convolution is a sum of matrix products over its taps.
+"""The token scorer in plain PyTorch: each convolution is a matrix product for all taps, then a sum over them.
 
 Keys and values are two inputs of the first convolution, so that they are never copied side by side.
 This file imports nothing but torch: exported models carry it.
@@ -44,9 +44,11 @@ def token_scorer(
             for x in inputs:
                 x = F.dropout(x.to(compute_dtype), dropout)
                 x = F.pad(x, (0, 0, 0, 0, reach, reach))
+                # All taps' products at once, then each from its place in time.
+                factors = taps[:, :, start : start + x.shape[-1]].transpose(1, 2)  # [H or 1, C, kernel, C']
+                products = _multiply(x, factors.flatten(2)).unflatten(-1, factors.shape[2:])
                 for tap in range(taps.shape[1]):
-                    shifted = x[:, tap * dilation : tap * dilation + num_tokens]
-                    z = z + _multiply(shifted, taps[:, tap, start : start + x.shape[-1]]).to(dtype)
+                    z = z + products[:, tap * dilation : tap * dilation + num_tokens, :, tap].to(dtype)
                 start += x.shape[-1]
             # Masked before SiLU (SiLU(0) = 0), a padded row equals one whose text starts at the edge.
             inputs = [F.silu(torch.where(real, z, 0.0))]
