@@ -100,6 +100,13 @@ def test_takes_a_log_sum_exp_and_leaves_out_the_sum(form, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 8.0])
+def test_any_scale(form, scale, device):
+    q, k = make_inputs(50, device=device)
+    assert_agrees(form, q, k, window=9, scale=scale, positions=positions_of(50, 0, 20, device=device))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_padding_anywhere(form, device):
     q, k = make_inputs(70, batch=3, device=device)
     real = torch.rand(70) > 0.3

@@ -94,6 +94,9 @@ def _log_sum_exp(q: Tensor, k: Tensor, start: Tensor, scale: float) -> Tensor:
     result = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
     if result.numel() == 0:
         return result
+    if scale < 0:
+        q, scale = -q, -scale
+    scale = max(scale, 1e-30)  # of 0: the kernel multiplies minus infinity by it
     tiles = tiles_for(head_size, q.dtype)
     tile, group = tiles.log_sum_exp, query_heads // heads
     with torch.cuda.device_of(q):

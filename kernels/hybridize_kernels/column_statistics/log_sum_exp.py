@@ -15,7 +15,7 @@ def log_sum_exp_kernel(
     k_ptr,  # [B, T, H, D]
     start_ptr,  # [B, T]
     result_ptr,  # [B, T, HQ]
-    scale,
+    scale,  # above 0
     time,
     heads,
     D: tl.constexpr,
@@ -58,7 +58,7 @@ def log_sum_exp_kernel(
         time, heads, D, BLOCK_D, SLICE, KEYS, True,
     )  # fmt: skip
     # The largest key adds 1 to the total, so only a row that sees nothing has 0.
-    result = tl.where(total > 0, largest + tl.log2(tl.maximum(total, 1.0)), -float("inf"))
+    result = tl.where(total > 0, slope * largest + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
     tl.store(result_ptr + row, result * LN_2, mask=inside)
 
 
@@ -83,19 +83,22 @@ def _add_keys(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add the keys from first, a multiple of KEYS, to last; where MASKED, row i has those from start_i to query_i."""
+    """Add the keys from first, a multiple of KEYS, to last; where MASKED, row i has those from start_i to query_i.
+
+    largest is that of q·k, not yet scaled, so that scaling costs nothing: it is part of the subtraction.
+    """
     offset = tl.arange(0, KEYS)
     for tile in range(tl.cdiv(tl.maximum(last - first, 0), KEYS)):
         first_key = first + tile * KEYS
         key = first_key + offset
         k_rows = k_ptr + first_key.to(tl.int64) * heads * D + offset * heads * D
-        logit = slope * product(q, q_rows, inside, k_rows, key < time, D, BLOCK_D, SLICE, MASKED)
+        logit = product(q, q_rows, inside, k_rows, key < time, D, BLOCK_D, SLICE, MASKED)
         if MASKED:
             seen = (key[None, :] >= start[:, None]) & (key[None, :] <= query[:, None])
             logit = tl.where(seen, logit, -float("inf"))
         larger = tl.maximum(largest, tl.max(logit, axis=1))
         # A row that has seen nothing yet would subtract infinity from itself.
-        base = tl.where(larger == -float("inf"), 0.0, larger) if MASKED else larger
-        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logit - base[:, None]), axis=1)
+        base = slope * (tl.where(larger == -float("inf"), 0.0, larger) if MASKED else larger)
+        total = total * tl.exp2(slope * largest - base) + tl.sum(tl.exp2(slope * logit - base[:, None]), axis=1)
         largest = larger
     return largest, total
