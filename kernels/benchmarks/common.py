@@ -65,7 +65,18 @@ def _rounded(value: Any) -> Any:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The measurements in columns; a case as the values of its letters."""
-    numbers = ("ms", "again_ms", "tflops", "of_matmul", "gbs", "of_copy", "ns_per_token", "peak_gib", "rel_error")
+    numbers = (
+        "ms",
+        "again_ms",
+        "tflops",
+        "of_matmul",
+        "gbs",
+        "of_copy",
+        "ns_per_token",
+        "step_bytes_per_token",
+        "peak_gib",
+        "rel_error",
+    )
     lines = [["impl", "pass", "case", *numbers]]
     for row in rows:
         if "impl" in row:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -23,32 +23,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Report, Yardsticks, median_ms, relative_error
-from benchmarks.retained_peers import Attention, peers
+from benchmarks.retained_cases import TINY, Attention, Case, make_inputs, ours, visible_pairs
+from benchmarks.retained_peers import peers
 from hybridize_kernels import retained_attention, use_implementation
 
 CHECKED_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Case:
-    """Letters as everywhere; R: retained tokens a key head; capped: a budget of R over half of all tokens."""
-
-    B: int
-    T: int
-    HQ: int
-    H: int
-    D: int
-    W: int
-    R: int
-    capped: bool = False
-    flex: bool = False
-
-    def letters(self) -> dict[str, int | bool]:
-        return {name: getattr(self, name) for name in ("B", "T", "HQ", "H", "D", "W", "R", "capped")}
-
-    @property
-    def budget(self) -> int | None:
-        return self.R if self.capped else None
 
 
 FORWARD = [
@@ -57,38 +36,6 @@ FORWARD = [
     Case(1, 32768, 32, 8, 128, 512, 4096),
 ]
 BACKWARD = [Case(1, 32768, 32, 8, 128, 512, 512, flex=True), Case(8, 2048, 9, 3, 64, 256, 256, flex=True)]
-MEMORY = [Case(1, 1024 * length, 32, 8, 128, 512, 512) for length in (8, 16, 32, 64, 128)]
-TINY = Case(2, 96, 4, 2, 16, 16, 8, flex=True)
-
-
-def make_inputs(case: Case, device: str, *, gradient: bool = False) -> list[Tensor]:
-    """q, k, v and score: R random tokens of each key head score above 0, or half of all where there is a cap."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(case.B, case.T, heads, case.D, device=device).to(dtype) for heads in (case.HQ, case.H, case.H)
-    )
-    value = torch.rand(case.B, case.T, case.H, device=device)
-    kept = value > 0.5
-    if not case.capped:
-        kept = torch.zeros_like(kept).scatter_(1, value.argsort(1)[:, : case.R], True)
-    score = torch.where(kept, value.clamp(min=1e-3), -1.0)
-    return [x.requires_grad_(gradient) for x in (q, k, v, score)]
-
-
-def visible_pairs(case: Case, score: Tensor, pattern: str) -> int:
-    """(query, key, query head) triples that the pattern sees, exactly."""
-    column = torch.arange(case.T, device=score.device)
-    width = case.T if pattern == "dense" else case.W
-    pairs = int((column + 1).clamp(max=width).sum()) * case.B * case.H
-    if pattern == "retained":
-        far = (score > 0).cumsum(1)[:, : max(0, case.T - case.W)]  # [B, T − W, H]: kept keys that have left the window
-        pairs += int((far.clamp(max=case.R) if case.capped else far).sum())
-    return pairs * (case.HQ // case.H)
-
-
-def ours(score: Tensor, case: Case) -> Attention:
-    return lambda q, k, v: retained_attention(q, k, v, score, window=case.W, budget=case.budget)
 
 
 def error_of(attend: Attention, inputs: list[Tensor], case: Case, pattern: str, *, gradient: bool) -> float:
@@ -105,7 +52,8 @@ def error_of(attend: Attention, inputs: list[Tensor], case: Case, pattern: str, 
             window=case.T if pattern == "dense" else case.W,
             budget=case.budget if retained else None,
         )
-    out = attend(*inputs[:3])
+    with torch.set_grad_enabled(gradient):
+        out = attend(*inputs[:3])
     worst = relative_error(out[:1, :CHECKED_TOKENS], wanted)
     if not gradient:
         return worst
@@ -138,8 +86,9 @@ def compare(case: Case, report: Report, yardsticks: Yardsticks, *, backward: boo
     score = inputs[3]
 
     def row(name: str, pattern: str, ms: float, factor: int = 14 if backward else 4, **more: Any) -> None:
-        flops = factor * case.D * visible_pairs(case, score, pattern)
-        report.add(name, pass_, letters, pattern=pattern, ms=ms, **yardsticks.of_matmul(flops, ms), **more)
+        if factor:
+            more |= yardsticks.of_matmul(factor * case.D * visible_pairs(case, score, pattern), ms)
+        report.add(name, pass_, letters, pattern=pattern, ms=ms, **more)
 
     attend, first, error = ours(score, case), None, None
     with report.guarded("ours", pass_, letters):
@@ -191,36 +140,12 @@ def parts(attend: Attention, inputs: list[Tensor], *, backward: bool) -> list[tu
     return [(*pieces[name], call) for name, call in calls.items()]
 
 
-def training_step(case: Case, report: Report, yardsticks: Yardsticks) -> None:
-    """Memory and time of a forward and a backward pass, which should grow with T alone."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with report.guarded("ours", "training step", case.letters()):
-        inputs = make_inputs(case, device, gradient=True)
-        attend, direction = ours(inputs[3], case), torch.randn_like(inputs[0])
-
-        def step() -> None:
-            torch.autograd.grad(attend(*inputs[:3]), inputs, direction)
-
-        step()  # compiles
-        numbers: dict[str, float] = {}
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            step()
-            peak = torch.cuda.max_memory_allocated()
-            numbers = {"peak_gib": peak / 2**30, "step_bytes_per_token": (peak - held) / case.T}
-        ms = median_ms(step)
-        flops = 14 * case.D * visible_pairs(case, inputs[3], "retained")
-        numbers |= {"ns_per_token": 1e6 * ms / (case.B * case.T), **yardsticks.of_matmul(flops, ms)}
-        report.add("ours", "training step", case.letters(), ms=ms, **numbers)
-
-
 def both(cases: list[Case]) -> list[Case]:
     return [replace(case, capped=capped) for case in cases for capped in (False, True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from benchmarks import columns, retained_decode
+    from benchmarks import columns, retained_decode, retained_training
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default="forward,backward,decode,memory,columns", help="which, separated by commas")
@@ -238,15 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in both([TINY] if options.tiny else cases):
             compare(case, report, yardsticks, backward=backward, flex=not options.no_flex)
 
-    def memory() -> None:
-        for case in both([TINY] if options.tiny else MEMORY):
-            training_step(case, report, yardsticks)
-
     runs = {
         "forward": lambda: attention(FORWARD, backward=False),
         "backward": lambda: attention(BACKWARD, backward=True),
         "decode": lambda: retained_decode.run(report, yardsticks, tiny=options.tiny),
-        "memory": memory,
+        "memory": lambda: retained_training.run(report, yardsticks, tiny=options.tiny),
         "columns": lambda: columns.run(report, yardsticks, tiny=options.tiny),
         "columns-tiles": lambda: columns.run_tiles(report, yardsticks),
     }

@@ -16,10 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common import median_ms
+from benchmarks.retained_cases import Attention
 from hybridize_kernels import eviction_position
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q `[B, T, HQ, D]`, k and v `[B, T, H, D]` -> `[B, T, HQ, D]`."""
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 
