@@ -188,6 +188,11 @@ def test_the_kernel_equals_eager(
     check(stream, "triton", state_as="eager")
 
 
+def test_the_kernel_finds_the_lowest_of_many_tiles_of_scores(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(kernel, "MAX_SCORES", 2)
+    check(Stream(steps=45, budget=7, window=3, score_levels=2, padding=0.0).to(device), "triton", state_as="eager")
+
+
 def test_the_kernel_takes_positions_that_rows_share(device: str) -> None:
     stream = Stream(steps=9, padding=0.0).to(device)
     stream.positions = torch.arange(9, device=device).expand(2, -1)

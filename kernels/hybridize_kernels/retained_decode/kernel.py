@@ -24,6 +24,8 @@ SETTINGS = {
     1024: (16, 4, 2, 264),
 }
 MAX_SPLITS = 64
+MAX_SCORES = 1024
+"""Retained scores that are compared at once."""
 SCRATCH = "retained_decode"
 NO_LOGIT = tl.constexpr(-1e30)  # finite, so that the difference of two of them is a number
 LOG2_E = 1.4426950408889634
@@ -125,7 +127,7 @@ def retained_decode(
             BLOCK_G=max(16, triton.next_power_of_2(group)),  # the fewest rows of a matrix product
             BLOCK_D=max(16, triton.next_power_of_2(head_size)),
             BLOCK_S=block,
-            BLOCK_C=min(1024, triton.next_power_of_2(max(capacity, 1))),
+            BLOCK_C=min(MAX_SCORES, triton.next_power_of_2(max(capacity, 1))),
             BLOCK_SPLITS=MAX_SPLITS,
             SCORED=scores is not None,
             FRESH=fresh_score is not None,
