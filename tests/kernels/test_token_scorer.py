@@ -260,3 +260,38 @@ def test_other_convolutions_stream(form, kernel, dilation, layers):
     parameters = make_parameters(4, layers, kernel=kernel)
     with use_implementation(form):
         assert_streams(k, v, parameters, (7, 1, 0, 12), tolerance=1e-12, kernel=kernel, dilation=dilation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+def test_streaming_on_the_gpu(dtype, head_size):
+    """Real sizes, two tiles of rows, and the decoded tokens replayed from one CUDA graph."""
+    tokens, prompt, margin = 340, 300, 6
+    k, v = make_inputs(tokens, head_size, batch=20, heads=4, dtype=dtype, device="cuda")
+    parameters = make_parameters(head_size, 3, 4, dtype=torch.float32, device="cuda")
+    with use_implementation("eager"):
+        whole = score(*(x.double() for x in (k, v, *parameters)))
+    history = empty_history(k, parameters)
+    count = torch.full((20,), prompt, dtype=torch.int32, device="cuda")
+    seen = torch.zeros_like(count)
+    first = step(k[:, :prompt], v[:, :prompt], history, count, seen, parameters)
+    assert_close("prompt", first[:, margin:], whole[:, : prompt - margin], OUTPUT[torch.float32])
+    seen += prompt
+    one = torch.ones_like(count)
+    new_k, new_v = k[:, prompt : prompt + 1].clone(), v[:, prompt : prompt + 1].clone()
+    kept = history.clone()
+    step(new_k, new_v, history, one, seen, parameters)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(new_k, new_v, history, one, seen, parameters)
+    history.copy_(kept)
+    streamed = []
+    for t in range(prompt, tokens):
+        new_k.copy_(k[:, t : t + 1])
+        new_v.copy_(v[:, t : t + 1])
+        graph.replay()
+        streamed.append(logits.clone())
+        seen += 1
+    expected = whole[:, prompt - margin : tokens - margin]
+    assert_close("decoded", torch.cat(streamed, dim=1), expected, OUTPUT[torch.float32])

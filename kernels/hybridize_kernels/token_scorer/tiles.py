@@ -33,7 +33,7 @@ class Tiles:
     convolution: Tile
     inputs: Tile
     weights: Tile
-    step: Tile = Tile(16, 64, 4, 2)
+    step: Tile = Tile(16, 64, 8, 4)
 
 
 _HALF = {
@@ -53,7 +53,7 @@ _EXACT = {
 _FLOAT = {
     64: Tiles(Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
     128: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 4)),
 }
 
 
