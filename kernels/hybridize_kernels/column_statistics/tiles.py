@@ -40,7 +40,7 @@ def tiles_for(head_size: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a call. Two programs fit into a multiprocessor, so that one multiplies while the other one sums."""
     padded = max(16, triton.next_power_of_2(head_size))
     if dtype == torch.float32:  # exact products run on the ordinary cores, from registers: in thin slices
-        tiles = Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), 16)
+        tiles = Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), 16)
     elif padded <= 128:
         tiles = Tiles(Tile(128, 128, 4, 2), Tile(128, 128, 4, 2), padded)
     else:
