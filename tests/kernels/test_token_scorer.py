@@ -295,3 +295,21 @@ def test_streaming_on_the_gpu(dtype, head_size):
         seen += 1
     expected = whole[:, prompt - margin : tokens - margin]
     assert_close("decoded", torch.cat(streamed, dim=1), expected, OUTPUT[torch.float32])
+
+
+def test_what_does_not_fit_is_named():
+    k, v = make_inputs(5)
+    parameters = make_parameters(4)
+    with pytest.raises(ValueError, match="real has shape"):
+        score(k, v, *parameters, real=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="dropout is 1"):
+        score(k, v, *parameters, dropout=1.0)
+    with pytest.raises(ValueError, match="odd kernel times 8"):
+        score(k, v, parameters[0][:, :16], *parameters[1:])
+    with pytest.raises(ValueError, match="3 scorers"):
+        score(k, v, *make_parameters(4, scorers=3))
+    count = torch.ones(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="history has shape"):
+        step(k, v, empty_history(k, parameters)[..., 1:], count, count, parameters)
+    with use_implementation("triton"), pytest.raises(ValueError, match="does not cover"):
+        score(k, v, *parameters)  # fp64

@@ -116,7 +116,8 @@ def token_scorer_step(
     _check(op, k, v, weights, biases, output_weight, output_bias)
     batch, _, heads, head_size = k.shape
     stored = dilation * (weights[0].shape[1] // (2 * head_size) - 1)
-    check_shape(op, "history", history, (batch, heads, history_width([2 * head_size, *_widths(biases)], stored)))
+    inputs = 2 * head_size + sum(bias.shape[-1] for bias in biases[:-1])
+    check_shape(op, "history", history, (batch, heads, stored * inputs))
     check_shape(op, "num_new", num_new, (batch,))
     check_shape(op, "num_before", num_before, (batch,))
     with torch.no_grad():
@@ -145,15 +146,6 @@ def _fits(k: Tensor, v: Tensor, weights: Sequence[Tensor], compute_dtype: torch.
     widest = max(weight.shape[-1] for weight in weights)
     known = k.dtype == v.dtype and k.dtype in KERNEL_DTYPES and compute_dtype in (None, *KERNEL_DTYPES)
     return known and 0 < k.shape[-1] <= MAX_HEAD_SIZE and widest <= MAX_HEAD_SIZE and k.numel() > 0
-
-
-def history_width(widths: Sequence[int], stored: int) -> int:
-    """Numbers of a row and head: `stored` inputs of every convolution; widths are the channels from 2 D on."""
-    return stored * sum(widths[:-1])
-
-
-def _widths(biases: Sequence[Tensor]) -> list[int]:
-    return [bias.shape[-1] for bias in biases]
 
 
 def _check(

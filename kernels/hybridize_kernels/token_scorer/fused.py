@@ -1,7 +1,7 @@
 """The token scorer in Triton: a kernel a convolution, forward and back, over texts of any length.
 
-Nothing is kept for the backward pass but the keys, the values and the seed of dropout: running the convolutions again
-costs less than a fifth of the backward pass, and what they write is as large as the keys and values themselves.
+Nothing is kept for the backward pass but the keys, the values and the seed of dropout. Running the convolutions again
+makes that pass half as long again, and spares every layer of a model a tensor of 3/4 the size of its keys and values.
 """
 
 from __future__ import annotations
