@@ -58,8 +58,7 @@ def test_outputs_and_gradients_equal_the_loop(time, scorers, dtype, device):
     assert_form_agrees(score, inputs)
 
 
-@pytest.mark.parametrize("time", [1, 2, 13, 65])
-@pytest.mark.parametrize("scorers", [1, 2])
+@pytest.mark.parametrize(("time", "scorers"), [(1, 2), (2, 1), (13, 2), (65, 1)])
 def test_the_kernels_equal_the_loop(time, scorers, device):
     parameters = make_parameters(6, 3, scorers, dtype=torch.float32, device=device)
     assert_form_agrees(score, make_inputs(time, 6, dtype=torch.float32, device=device) + parameters, form="triton")
@@ -87,13 +86,13 @@ def test_a_padded_text_scores_like_the_text_alone(form, dtype, left, right, devi
     assert_close("logits", padded[:, text], alone, OUTPUT[dtype])
 
 
-@pytest.mark.parametrize("shape", [(1, 6), (2, 21), (1, 50)])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 21), (1, 35)])
 def test_padded_gradients_of_the_kernels(shape, device, monkeypatch):
     """Also over several tiles and splits, and with a row that is all padding."""
     monkeypatch.setenv(VARIABLE, "convolution=16,16,4,2;inputs=16,16,4,2;weights=16,16,4,2")
     batch, time = shape
-    k, v = make_inputs(time, 24, batch=batch + 1, dtype=torch.float32, device=device)
-    parameters = make_parameters(24, 2, dtype=torch.float32, device=device)
+    k, v = make_inputs(time, 12, batch=batch + 1, dtype=torch.float32, device=device)
+    parameters = make_parameters(12, 2, dtype=torch.float32, device=device)
     real = torch.zeros(batch + 1, time, dtype=torch.bool, device=device)
     for row in range(batch):
         real[row, 3 * row + 1 : time - 2] = True
@@ -101,8 +100,8 @@ def test_padded_gradients_of_the_kernels(shape, device, monkeypatch):
 
 
 def test_frozen_inputs_and_parameters_get_no_gradient(device):
-    k, v = make_inputs(9, dtype=torch.float32, device=device)
-    parameters = make_parameters(4, dtype=torch.float32, device=device)
+    k, v = make_inputs(3, batch=1, dtype=torch.float32, device=device)
+    parameters = make_parameters(4, 2, dtype=torch.float32, device=device)
     gradients = []
     for trained in ([k], [v], parameters, [k, v, *parameters]):
         for x in (k, v, *parameters):

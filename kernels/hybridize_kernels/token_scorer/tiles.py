@@ -51,7 +51,7 @@ _EXACT = {
 """Of a convolution whose weight comes in three bf16 parts."""
 
 _FLOAT = {
-    64: Tiles(Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
+    64: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
     128: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 4)),
 }
