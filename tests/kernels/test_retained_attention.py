@@ -311,3 +311,43 @@ def test_misshapen_tensors_are_named():
         op(q, k, v, score[..., :1])
     with pytest.raises(ValueError, match="5 query heads are not a multiple of 2 key heads"):
         op(q[:, :, :5], k, v, score)
+
+
+@pytest.mark.parametrize("layout", ["positions", "documents", "last"])
+@pytest.mark.parametrize("budget", [None, 4])
+def test_log_sum_exps_documents_and_no_positions(layout, budget, device):
+    q, k, v, score = make_inputs(5 if layout == "last" else 30, keys=30, device=device)
+    if layout == "documents":
+        q, k, v, score = q[:1], k[:1], v[:1], score[:1]
+        order = {"cu_seqlens": torch.tensor([0, 0, 11, 30], dtype=torch.int32, device=device)}
+    elif layout == "positions":
+        positions = positions_of(30, 0, 6, device=device)
+        order = {"query_positions": positions, "key_positions": positions}
+    else:
+        order = {}
+    options = {"window": 6, "sinks": 1, "budget": budget, **order}
+
+    def op(*inputs):
+        output, log_sum_exp = retained_attention(*inputs, return_log_sum_exp=True, **options)
+        assert log_sum_exp.isneginf().any() == (layout == "positions")
+        return output, log_sum_exp.clamp(min=-9)
+
+    assert_form_agrees(op, [q, k, v, score])
+
+
+def test_documents_are_attended_one_by_one():
+    q, k, v, score = (x[:1] for x in make_inputs(20))
+    options = {"window": 4, "sinks": 1, "budget": 3}
+    packed = retained_attention(q, k, v, score, cu_seqlens=torch.tensor([0, 8, 20]), **options)
+    apart = [retained_attention(*(x[:, part] for x in (q, k, v, score)), **options) for part in (slice(8), slice(8, 20))]
+    assert_close("output", packed, torch.cat(apart, dim=1), OUTPUT[torch.float64])
+
+
+def test_log_sum_exp_is_the_denominator_of_the_softmax():
+    q, k, v, _ = make_inputs(9, heads=1, group=1)
+    for form in FORMS:
+        with use_implementation(form):
+            _, log_sum_exp = retained_attention(q, k, v, window=9, return_log_sum_exp=True)
+        logits = torch.einsum("bthd,bshd->bts", q, k) * q.shape[-1] ** -0.5
+        expected = logits.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).logsumexp(-1)
+        assert_close("log-sum-exp", log_sum_exp[..., 0], expected, OUTPUT[torch.float64])

@@ -87,7 +87,7 @@ def retained_attention(
         query_positions: `[B, T]` int64, real tokens counted from 0 in each row; −1 is padding and gives zeros.
         key_positions: `[B, S]` or `[B, S, H]` int64, distinct in a row (and head), in any order; −1 is an empty slot.
             Neither: no padding, keys in order, the queries are the last T of them.
-        scale: factor on the scores; D**-0.5 unless given.
+        scale: positive factor on q·k; D**-0.5 unless given.
         ordered_from: a promise about key_positions, which spares looking: keys are in order of position; from this
             column on positions are consecutive, after padding, the same for all heads, and the queries are the last T;
             the columns before it have left every query's window.
@@ -112,6 +112,8 @@ def retained_attention(
         raise ValueError(f"{op}: {query_heads} query heads are not a multiple of {heads} key heads")
     check_shape(op, "k", k, (batch, keys, heads, head_size))
     check_shape(op, "v", v, (batch, keys, heads, v.shape[-1]))
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{op}: scale is {scale}, expected a positive factor")
     if (query_positions is None) != (key_positions is None):
         raise ValueError(f"{op}: query_positions and key_positions are given together or not at all")
     if query_positions is None and time > keys:

@@ -95,7 +95,7 @@ class _RetainedAttention(torch.autograd.Function):
         d_output = _ready(d_output, call.order)
         if d_log_sum_exp is not None:
             d_log_sum_exp = _ready(d_log_sum_exp, call.order).contiguous()
-        gradients = attend_backward(
+        gradients: tuple[Tensor, ...] = attend_backward(
             q,
             k,
             v,

@@ -20,7 +20,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, lists: RetainedLists | None, layout: Layout, scale: float, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, T, HQ, D]` and log-sum-exp `[B, T, HQ]` (fp32, natural; -inf for rows that see nothing)."""
-    batch, time, query_heads, head_size = q.shape
+    batch, time, query_heads, _ = q.shape
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     log_sum_exp = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
     blocks = triton.cdiv(time, tile.rows // layout.group)
@@ -86,18 +86,18 @@ INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "wid
 def _attend_tile(
     q, k, v, sums, largest, output, scale, row, lower, upper, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One tile of keys in the online softmax; all logits are in base 2."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """One tile of keys in the online softmax; `largest` is in base 2, scale above zero."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = (row[:, None] >= lower[None, :]) & (row[:, None] < upper[None, :])
         logits = tl.where(seen, logits, -float("inf"))
-    now = tl.maximum(largest, tl.max(logits, 1))
+    now = tl.maximum(largest, tl.max(logits, 1) * scale)
     if MASKED:
         # A row that has seen nothing yet subtracts 0, so that exp2 gives 0 and not NaN.
         pivot = tl.where(now == -float("inf"), 0.0, now)
     else:
         pivot = now
-    weights = tl.math.exp2(logits - pivot[:, None])
+    weights = tl.math.exp2(logits * scale - pivot[:, None])
     shrink = tl.math.exp2(largest - pivot)
     sums = sums * shrink + tl.sum(weights, 1)
     output = output * shrink[:, None]
@@ -205,9 +205,7 @@ def _forward_kernel(
         full = begin + (full - begin) // BLOCK_N * BLOCK_N
         for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
             column = tl.load(columns_ptr + at + columns)
-            k, v = load_keys(
-                k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False
-            )
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
             sums, largest, output = _attend_tile(
                 q, k, v, sums, largest, output, scale, row, column, column, False, PRECISION
             )
@@ -235,9 +233,7 @@ def _forward_kernel(
         inside = column < high
         k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
         lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
-        sums, largest, output = _attend_tile(
-            q, k, v, sums, largest, output, scale, row, lower, upper, True, PRECISION
-        )
+        sums, largest, output = _attend_tile(q, k, v, sums, largest, output, scale, row, lower, upper, True, PRECISION)
 
     blind = sums == 0
     if PADDED:

@@ -27,24 +27,20 @@ def retained_attention(
     """See `hybridize_kernels.retained_attention`; the mask below is what the other forms must equal."""
     if cu_seqlens is not None:
         # What documents that do not see each other are: one call each.
-        results = []
-        for start, stop in pairwise(cu_seqlens.tolist()):
-            of_document = [
-                None if x is None else x[:, start:stop]
-                for x in (q, k, v, retention_score, query_positions, key_positions)
-            ]
-            results.append(
-                retained_attention(
-                    *of_document[:4],
-                    window=window,
-                    sinks=sinks,
-                    budget=budget,
-                    query_positions=of_document[4],
-                    key_positions=of_document[5],
-                    scale=scale,
-                    return_log_sum_exp=True,
-                )
+        results = [
+            retained_attention(
+                *(x[:, start:stop] for x in (q, k, v)),
+                None if retention_score is None else retention_score[:, start:stop],
+                window=window,
+                sinks=sinks,
+                budget=budget,
+                query_positions=None if query_positions is None else query_positions[:, start:stop],
+                key_positions=None if key_positions is None else key_positions[:, start:stop],
+                scale=scale,
+                return_log_sum_exp=True,
             )
+            for start, stop in pairwise(cu_seqlens.tolist())
+        ]
         output, log_sum_exp = (torch.cat(x, dim=1) for x in zip(*results, strict=True))
         return (output, log_sum_exp) if return_log_sum_exp else output
 
@@ -74,9 +70,10 @@ def retained_attention(
     if not return_log_sum_exp:
         return output
     # Of a row without visible keys: -inf, and no gradient.
-    some = some[..., 0] if k.shape[1] else torch.zeros_like(logits[..., 0], dtype=torch.bool)
+    some = some.squeeze(-1)
     finite = logits.masked_fill(~visible & some[..., None], float("-inf"))
-    log_sum_exp = torch.where(some, finite.logsumexp(-1) if k.shape[1] else logits.sum(-1), float("-inf"))
+    log_sum_exp = finite.logsumexp(-1) if k.shape[1] else logits.sum(-1)
+    log_sum_exp = torch.where(some, log_sum_exp, float("-inf"))
     return output, log_sum_exp.transpose(1, 2)
 
 

@@ -35,9 +35,9 @@ class Tiles:
 
 
 _HALF = {
-    32: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    32: Tiles(Tile(128, 32, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(128, 32, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 """By padded head size, for fp16 and bf16; chosen on an H100."""
@@ -114,9 +114,7 @@ def retained_range(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def window_range(
-    first_row, last_row, start_min, start_max, offset, window, BLOCK_N: tl.constexpr
-):
+def window_range(first_row, last_row, start_min, start_max, offset, window, BLOCK_N: tl.constexpr):
     """Of a query block: the first column of its window, the end, and in tiles of BLOCK_N from there on their number
     and the range of those that all its queries see whole."""
     low = tl.maximum(start_min, first_row + offset - window + 1)

@@ -1,0 +1,265 @@
+"""The kernels for dk and dv: of retained keys in parts, and of all keys in the window, which adds the parts."""
+
+import triton
+import triton.language as tl
+
+from .forward import INTEGERS
+from .key_rows import all_rows
+from .lists import enter_row
+from .tiles import load_keys, retained_rows, window_rows
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "part_rows", "programs"])  # type: ignore[untyped-decorator]
+def part_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    d_output_ptr,
+    delta_ptr,
+    parts_ptr,  # [B·H, part_rows, 2, D], written: dk and dv of a retained key from one part of its queries
+    query_start_ptr,
+    columns_ptr,
+    exit_ptr,
+    before_ptr,
+    chunk_size_ptr,
+    part_row_ptr,
+    part_span_ptr,
+    part_stride_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    scale,
+    time,
+    keys,
+    heads,
+    offset,
+    prefix,
+    window,
+    chunk,
+    width,
+    part_rows,
+    programs,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RETAINED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row_head = tl.program_id(1).to(tl.int64)
+    batch = row_head // heads
+    head = row_head % heads
+    part = tl.program_id(0) // programs
+    span = tl.load(part_span_ptr + row_head)
+    low = part * span
+    if low >= time:
+        return
+    high = tl.minimum(low + span, time)
+    if CAPPED:
+        chunks = tl.cdiv(time, chunk)
+        columns_ptr += (row_head * chunks + part) * width
+        begin = 0
+        end = tl.load(chunk_size_ptr + row_head * chunks + part)
+    else:
+        columns_ptr += row_head * keys
+        before_ptr += row_head * (keys + 1)
+        begin = 0
+        if PADDED:
+            # Entries of documents that are over come first.
+            start = tl.load(query_start_ptr + batch * time + low)
+            if (start < keys) & (start > prefix):
+                begin = tl.load(before_ptr + start)
+        left = tl.minimum(tl.maximum(high + offset - window, prefix), keys)
+        end = tl.load(before_ptr + left)
+    exit_ptr += row_head * keys
+    part_row_ptr += row_head * keys
+    stride = tl.load(part_stride_ptr + row_head)
+    query_heads = heads * G
+    q_ptr += batch * q_stride_b + head * G * q_stride_h
+    d_output_ptr += batch * do_stride_b + head * G * do_stride_h
+    lse_ptr += batch * time * query_heads + head * G
+    delta_ptr += batch * time * query_heads + head * G
+    k_ptr += batch * k_stride_b + head * k_stride_h
+    v_ptr += batch * v_stride_b + head * v_stride_h
+    parts_ptr += row_head * part_rows * 2 * D
+    features = tl.arange(0, BLOCK_D)
+
+    for tile in range(begin + tl.program_id(0) % programs * BLOCK_N, end, programs * BLOCK_N):
+        entry = tile + tl.arange(0, BLOCK_N)
+        inside = entry < end
+        column = tl.load(columns_ptr + entry, mask=inside, other=0)
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+        lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dk, dv = all_rows(
+            k,
+            v,
+            dk,
+            dv,
+            q_ptr,
+            lse_ptr,
+            d_output_ptr,
+            delta_ptr,
+            q_stride_t,
+            q_stride_h,
+            do_stride_t,
+            do_stride_h,
+            query_heads,
+            scale * 1.4426950408889634,
+            low,
+            high,
+            lower,
+            upper,
+            inside,
+            G,
+            D,
+            BLOCK_D,
+            LONG,
+            PRECISION,
+            BLOCK_M,
+            STAGES,
+        )
+        live = inside & (upper > low) & (upper > lower)
+        target = tl.load(part_row_ptr + column, mask=live, other=0) + (part - lower // span) * stride
+        at = parts_ptr + target.to(tl.int64)[:, None] * (2 * D) + features[None, :]
+        tl.store(at, dk * scale, mask=live[:, None] & (features < D)[None, :])
+        tl.store(at + D, dv, mask=live[:, None] & (features < D)[None, :])
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "part_rows"])  # type: ignore[untyped-decorator]
+def key_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    d_output_ptr,
+    delta_ptr,
+    parts_ptr,  # [B·H, part_rows, 2, D]
+    dk_ptr,  # [B, S, H, D] contiguous
+    dv_ptr,
+    d_gate_ptr,  # [B, S, H]
+    key_end_ptr,
+    exit_ptr,
+    part_row_ptr,
+    part_span_ptr,
+    part_stride_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    scale,
+    time,
+    keys,
+    heads,
+    offset,
+    prefix,
+    window,
+    chunk,
+    width,
+    part_rows,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RETAINED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row_head = tl.program_id(1).to(tl.int64)
+    batch = row_head // heads
+    head = row_head % heads
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < keys
+    query_heads = heads * G
+    q_ptr += batch * q_stride_b + head * G * q_stride_h
+    d_output_ptr += batch * do_stride_b + head * G * do_stride_h
+    lse_ptr += batch * time * query_heads + head * G
+    delta_ptr += batch * time * query_heads + head * G
+    k_ptr += batch * k_stride_b + head * k_stride_h
+    v_ptr += batch * v_stride_b + head * v_stride_h
+    features = tl.arange(0, BLOCK_D)
+    k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+    if PADDED:
+        key_end_ptr += batch * keys
+    # Columns of the prefix are in no window.
+    in_window = inside & (column >= prefix)
+    lower, upper = window_rows(key_end_ptr, column, in_window, offset, window, PADDED)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk, dv = all_rows(
+        k,
+        v,
+        dk,
+        dv,
+        q_ptr,
+        lse_ptr,
+        d_output_ptr,
+        delta_ptr,
+        q_stride_t,
+        q_stride_h,
+        do_stride_t,
+        do_stride_h,
+        query_heads,
+        scale * 1.4426950408889634,
+        0,
+        time,
+        lower,
+        upper,
+        in_window,
+        G,
+        D,
+        BLOCK_D,
+        LONG,
+        PRECISION,
+        BLOCK_M,
+        STAGES,
+    )
+    dk *= scale
+    if RETAINED:
+        enter = enter_row(column, offset, prefix, window)
+        leave = tl.load(exit_ptr + row_head * keys + column, mask=inside, other=0)
+        span = tl.load(part_span_ptr + row_head)
+        stride = tl.load(part_stride_ptr + row_head)
+        retained = inside & (leave > enter)
+        number = tl.where(retained, (leave - 1) // span - enter // span + 1, 0)
+        target = tl.load(part_row_ptr + row_head * keys + column, mask=retained, other=0)
+        parts_ptr += row_head * part_rows * 2 * D
+        for part in range(0, tl.max(number, 0)):
+            at = (target + part * stride).to(tl.int64)[:, None] * (2 * D) + features[None, :]
+            there = (part < number)[:, None] & (features < D)[None, :]
+            dk += tl.load(parts_ptr + at, mask=there, other=0.0)
+            dv += tl.load(parts_ptr + at + D, mask=there, other=0.0)
+    out_row = (batch * keys + column) * heads + head
+    at = out_row[:, None] * D + features[None, :]
+    there = inside[:, None] & (features < D)[None, :]
+    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=there)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
+    tl.store(d_gate_ptr + out_row, tl.sum(dv * v.to(tl.float32), 1), mask=inside)

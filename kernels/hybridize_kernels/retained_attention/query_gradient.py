@@ -1,0 +1,172 @@
+"""The kernel for dq: a block of queries over the keys that the forward kernel visits, in the same order.
+
+It also writes delta = o·do − d lse, which the kernels over keys need.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import INTEGERS
+from .tiles import load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _query_tile(
+    q, k, v, d_output, lse, delta, dq, scale2, row, lower, upper, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One tile of keys in dq (without its factor scale)."""
+    weights = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse[:, None])
+    if MASKED:
+        seen = (row[:, None] >= lower[None, :]) & (row[:, None] < upper[None, :])
+        weights = tl.where(seen, weights, 0.0)
+    d_weights = tl.dot(d_output, tl.trans(v), input_precision=PRECISION)
+    d_logits = weights * (d_weights - delta[:, None])
+    return tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
+def query_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    output_ptr,  # [B, T, HQ, D] contiguous
+    lse_ptr,  # [B, T, HQ]
+    d_output_ptr,
+    d_lse_ptr,  # [B, T, HQ]
+    delta_ptr,  # [B, T, HQ], written
+    dq_ptr,  # [B, T, HQ, D] contiguous
+    query_start_ptr,
+    key_end_ptr,
+    columns_ptr,
+    exit_ptr,
+    before_ptr,
+    chunk_stable_ptr,
+    block_size_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    scale,
+    time,
+    keys,
+    heads,
+    offset,
+    prefix,
+    window,
+    chunk,
+    width,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RETAINED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    block = tl.program_id(0)
+    row_head = tl.program_id(1).to(tl.int64)
+    batch = row_head // heads
+    head = row_head % heads
+    first_row = block * BLOCK_Q
+    last_row = tl.minimum(first_row + BLOCK_Q, time) - 1
+    lanes = tl.arange(0, BLOCK_M)
+    row = first_row + lanes // G
+    valid = (lanes < BLOCK_Q * G) & (row < time)
+    features = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_N)
+    row_wide = row.to(tl.int64) if LONG else row
+
+    q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + (lanes % G) * q_stride_h
+    q = load_rows(q_rows, valid, features, D, BLOCK_D, True)
+    do_rows = (
+        d_output_ptr + batch * do_stride_b + head * G * do_stride_h + row_wide * do_stride_t + (lanes % G) * do_stride_h
+    )
+    d_output = load_rows(do_rows, valid, features, D, BLOCK_D, True)
+    out_row = (batch * time + row) * heads * G + head * G + lanes % G
+    output = load_rows(output_ptr + out_row * D, valid, features, D, BLOCK_D, True)
+    delta = tl.sum(output.to(tl.float32) * d_output.to(tl.float32), 1)
+    if HAS_D_LSE:
+        delta -= tl.load(d_lse_ptr + out_row, mask=valid, other=0.0)
+    tl.store(delta_ptr + out_row, delta, mask=valid)
+    lse = tl.load(lse_ptr + out_row, mask=valid, other=-float("inf"))
+    # A row that sees nothing gets weights of 0.
+    lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    scale2 = scale * 1.4426950408889634
+
+    k_ptr += batch * k_stride_b + head * k_stride_h
+    v_ptr += batch * v_stride_b + head * v_stride_h
+    start_min = prefix
+    start_max = prefix
+    if PADDED:
+        key_end_ptr += batch * keys
+        start = tl.load(query_start_ptr + batch * time + row, mask=valid, other=0)
+        start_min = tl.min(tl.where(valid, start, keys), 0)
+        start_max = tl.max(start, 0)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if RETAINED:
+        exit_ptr += row_head * keys
+        chunks = tl.cdiv(time, chunk)
+        begin, full, end = retained_range(
+            before_ptr + row_head * (keys + 1),
+            chunk_stable_ptr + row_head * chunks,
+            block_size_ptr + row_head * tl.cdiv(time, BLOCK_Q),
+            block,
+            first_row,
+            last_row,
+            start_min,
+            start_max,
+            chunk,
+            keys,
+            offset,
+            prefix,
+            window,
+            CAPPED,
+        )
+        if CAPPED:
+            columns_ptr += (row_head * chunks + first_row // chunk) * width
+        else:
+            columns_ptr += row_head * keys
+        full = begin + (full - begin) // BLOCK_N * BLOCK_N
+        for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
+            column = tl.load(columns_ptr + at + columns)
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+            dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, column, column, False, PRECISION)
+        for at in tl.range(full, end, BLOCK_N, num_stages=STAGES):
+            inside = at + columns < end
+            column = tl.load(columns_ptr + at + columns, mask=inside, other=0)
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+            lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
+            dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, lower, upper, True, PRECISION)
+
+    low, high, tiles, full_from, full_to = window_range(
+        first_row, last_row, start_min, start_max, offset, window, BLOCK_N
+    )
+    for at in tl.range(full_from, full_to, num_stages=STAGES):
+        column = low + at * BLOCK_N + columns
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+        dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, column, column, False, PRECISION)
+    for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
+        column = low + tl.where(at < full_from, at, at + full_to - full_from) * BLOCK_N + columns
+        inside = column < high
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+        lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
+        dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, lower, upper, True, PRECISION)
+
+    at = dq_ptr + out_row[:, None] * D + features[None, :]
+    inside = valid[:, None] & (features < D)[None, :]
+    tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
