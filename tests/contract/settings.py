@@ -12,7 +12,8 @@ import torch
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.registry import MIXERS, config_class
 from hybridize.model.swap import swap
-from tests.tiny import FAMILY_NAMES, tiny_teacher
+from tests import tiny
+from tests.tiny import FAMILY_NAMES
 
 TINY: dict[str, dict[str, Any]] = {
     "sliding_window": {"window_tokens": 9, "sink_tokens": 2},
@@ -27,13 +28,25 @@ LAYERS = (1, 2)
 """Layers of the tiny models that are swapped; 0 and 3 keep full attention."""
 
 
+DEVICES = {"device": "cpu"}
+"""Where models and tokens of a test go; set by the fixture that runs every test on every device."""
+
+
+def tiny_teacher(family: str, seed: int = 0) -> Any:
+    return tiny.tiny_teacher(family, seed).to(DEVICES["device"])
+
+
+def tiny_tokens(batch: int, length: int, **options: Any) -> torch.Tensor:
+    return tiny.tiny_tokens(batch, length, **options).to(DEVICES["device"])
+
+
 def tiny_mixer(name: str) -> MixerConfig:
     return config_class(name)(**TINY.get(name, {}))
 
 
 def tiny_hybrid(mixer: str, family: str, seed: int = 0, layers: tuple[int, ...] = LAYERS) -> Any:
     """A tiny model with `mixer` in `layers`. New parameters are shaken, so that no gate is at a special value."""
-    model = tiny_teacher(family, seed)
+    model = tiny.tiny_teacher(family, seed)
     full = tiny_mixer("full_attention")
     hybrid = swap(model, [tiny_mixer(mixer) if i in layers else full for i in range(model.config.num_hidden_layers)])
     generator = torch.Generator().manual_seed(seed + 1)
@@ -41,4 +54,4 @@ def tiny_hybrid(mixer: str, family: str, seed: int = 0, layers: tuple[int, ...] 
         for module in hybrid.mixers.values():
             for parameter in module.new.parameters() if module.new is not None else ():
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return hybrid.eval()
+    return hybrid.eval().to(DEVICES["device"])

@@ -8,7 +8,8 @@ import torch
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
 from hybridize.mixers.registry import config_class
 from hybridize.model.swap import swap
-from tests.tiny import FAMILY_NAMES, tiny_teacher, tiny_tokens
+from tests.contract.settings import tiny_teacher, tiny_tokens
+from tests.tiny import FAMILY_NAMES
 
 TOKENS = 40
 families = pytest.mark.parametrize("family", FAMILY_NAMES)

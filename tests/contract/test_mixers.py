@@ -9,8 +9,7 @@ from transformers import DynamicCache
 from hybridize.errors import UsageError
 from hybridize.mixers.base import MixerState
 from hybridize.model.swap import mixers, undo
-from tests.contract.settings import CASES, MIXER_NAMES, tiny_hybrid, tiny_mixer
-from tests.tiny import tiny_teacher, tiny_tokens
+from tests.contract.settings import CASES, DEVICES, MIXER_NAMES, tiny_hybrid, tiny_mixer, tiny_teacher, tiny_tokens
 
 TOKENS = 34  # longer than window + budget of every tiny setting
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -46,8 +45,8 @@ def cached_logits(model, tokens, splits, attention_mask=None):
 def left_padded(tokens, padding):
     """The rows of `tokens`, each with its own number of padding columns in front."""
     width = tokens.shape[1] + max(padding)
-    out = torch.zeros(len(padding), width, dtype=torch.long)
-    mask = torch.zeros(len(padding), width, dtype=torch.long)
+    out = tokens.new_zeros(len(padding), width)
+    mask = torch.zeros_like(out)
     for row, pad in enumerate(padding):
         length = width - pad
         out[row, pad:] = (
@@ -182,7 +181,7 @@ def test_saved_and_loaded_hybrids_give_the_same_logits(mixer, family, tmp_path):
 
     model, tokens = tiny_hybrid(mixer, family), tiny_tokens(2, TOKENS)
     save_model(model, tmp_path)
-    again = load_hybrid(tmp_path, dtype=torch.float32, complete=False)
+    again = load_hybrid(tmp_path, dtype=torch.float32, complete=False).to(DEVICES["device"])
     assert type(again) is type(model)
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
@@ -225,13 +224,13 @@ def test_what_cannot_work_is_refused(mixer):
     with pytest.raises(ValueError, match=r"stateful|assisted|prompt_lookup"):
         model.generate(tokens, max_new_tokens=3, prompt_lookup_num_tokens=2, pad_token_id=0)
     with pytest.raises(UsageError, match="2-D attention mask"):
-        model(tokens, attention_mask=torch.ones(1, 1, 12, 12))
+        model(tokens, attention_mask=torch.ones(1, 1, 12, 12, device=tokens.device))
     teacher = tiny_teacher("llama")
     cache = DynamicCache(config=teacher.config)
     with torch.no_grad():
         teacher(tokens, past_key_values=cache, use_cache=True)
     with pytest.raises(UsageError, match="another model"):
-        model(tokens, past_key_values=cache, attention_mask=torch.ones(1, 24))
+        model(tokens, past_key_values=cache, attention_mask=torch.ones(1, 24, device=tokens.device))
 
 
 @pytest.mark.parametrize("mixer", [name for name in MIXER_NAMES if name != "full_attention"])

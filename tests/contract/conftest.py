@@ -1,0 +1,14 @@
+"""The contract holds on every device: on CUDA the mixers run through their kernels."""
+
+import pytest
+import torch
+
+from tests.contract.settings import DEVICES
+
+CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["cpu", *CUDA], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(DEVICES, "device", request.param)
+    return str(request.param)
