@@ -22,7 +22,7 @@ reference = import_module(f"{PACKAGE}.reference")
 tiles = import_module(f"{PACKAGE}.tiles")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL_TILES = "forward=16,16,4,1;query=16,16,4,1;key=16,16,4,1"
+SMALL_TILES = "forward=32,16,4,1;query=16,16,4,1;key=16,16,4,1"
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,20 +62,9 @@ def attend_backward(
             *list_sizes(lists, layout),
             *constants,
             HAS_D_LSE=d_log_sum_exp is not None,
-            BLOCK_M=tiles.query.rows,
-            BLOCK_N=tiles.query.keys,
-            STAGES=tiles.query.stages,
-            num_warps=tiles.query.warps,
-            num_stages=tiles.query.stages,
+            **tiles.query.options(),
         )
         tile = tiles.key
-        sizes = {
-            "BLOCK_M": tile.rows,
-            "BLOCK_N": tile.keys,
-            "STAGES": tile.stages,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        }
         parts = d_gate
         if lists is not None:
             parts = torch.empty(
@@ -107,7 +96,7 @@ def attend_backward(
                 lists.part_rows,
                 programs,
                 *constants,
-                **sizes,
+                **tile.options(),
             )
         key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
             q,
@@ -128,6 +117,6 @@ def attend_backward(
             *list_sizes(lists, layout),
             0 if lists is None else lists.part_rows,
             *constants,
-            **sizes,
+            **tile.options(),
         )
     return dq, dk, dv, d_gate

@@ -38,11 +38,7 @@ def attend(
             scale * LOG2_E,
             *list_sizes(lists, layout),
             *flags(lists, layout, q),
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.keys,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options(),
         )
     return output, log_sum_exp
 
@@ -58,10 +54,10 @@ def list_pointers(anything: Tensor, lists: RetainedLists | None, layout: Layout)
 
 
 def list_sizes(lists: RetainedLists | None, layout: Layout) -> tuple[int, ...]:
-    """time, keys, heads, offset, prefix, window, chunk, width of a chunk's list (0: one list for all)."""
+    """time, keys, heads, offset, prefix, window, chunk, width of its list (0: one list for all), rows of a list block."""
     width = 0 if lists is None or lists.chunk_columns is None else lists.chunk_columns.shape[-1]
-    chunk = layout.time if lists is None else lists.chunk
-    return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width)
+    chunk, block = (layout.time, 1) if lists is None else (lists.chunk, lists.block)
+    return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width, block)
 
 
 def flags(lists: RetainedLists | None, layout: Layout, q: Tensor) -> tuple[int | bool | str, ...]:
@@ -79,7 +75,7 @@ def flags(lists: RetainedLists | None, layout: Layout, q: Tensor) -> tuple[int |
     )
 
 
-INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "width"]
+INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "width", "list_block"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -137,6 +133,7 @@ def _forward_kernel(
     window,
     chunk,
     width,
+    list_block,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -185,8 +182,8 @@ def _forward_kernel(
         begin, full, end = retained_range(
             before_ptr + row_head * (keys + 1),
             chunk_stable_ptr + row_head * chunks,
-            block_size_ptr + row_head * tl.cdiv(time, BLOCK_Q),
-            block,
+            block_size_ptr + row_head * tl.cdiv(time, list_block),
+            first_row // list_block,
             first_row,
             last_row,
             start_min,

@@ -30,7 +30,7 @@ class RetainedLists:
         part_row: `[B, H, S]` row of a retained key's first partial gradient; undefined for other keys.
         part_span, part_stride: `[B, H]` query rows of one part, and the distance of a key's parts in `part_row`'s rows.
         part_rows: rows of partial gradients that (b, h) may need at most.
-        chunk: query rows of a chunk; a multiple of the query rows of a block.
+        chunk, block: query rows of a chunk and of a block; the first is a multiple of the second.
         chunk_columns: `[B, H, chunks, budget + chunk]`, first those that serve the whole chunk, then the others in
             order; None without a cap.
         chunk_stable, chunk_size: `[B, H, chunks]` number of the first, and of all.
@@ -45,6 +45,7 @@ class RetainedLists:
     part_stride: Tensor
     part_rows: int
     chunk: int
+    block: int
     chunk_columns: Tensor | None = None
     chunk_stable: Tensor | None = None
     chunk_size: Tensor | None = None
@@ -131,7 +132,7 @@ def retained_lists(
             SCAN=SCAN,
             num_warps=4,
         )
-        whole = RetainedLists(exits, columns, before, part_row, part_span, part_stride, part_rows, chunk)
+        whole = RetainedLists(exits, columns, before, part_row, part_span, part_stride, part_rows, chunk, block)
         if not capped:
             return whole
         assert budget is not None
@@ -169,6 +170,7 @@ def retained_lists(
         part_stride,
         part_rows,
         chunk,
+        block,
         chunk_columns,
         chunk_stable,
         chunk_size,

@@ -63,6 +63,7 @@ def query_kernel(
     window,
     chunk,
     width,
+    list_block,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -124,8 +125,8 @@ def query_kernel(
         begin, full, end = retained_range(
             before_ptr + row_head * (keys + 1),
             chunk_stable_ptr + row_head * chunks,
-            block_size_ptr + row_head * tl.cdiv(time, BLOCK_Q),
-            block,
+            block_size_ptr + row_head * tl.cdiv(time, list_block),
+            first_row // list_block,
             first_row,
             last_row,
             start_min,

@@ -17,17 +17,30 @@ VARIABLE = "HYBRIDIZE_RETAINED_ATTENTION_TILES"
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: of (query, query head) pairs; keys; warps and stages of the kernel."""
+    """rows: of (query, query head) pairs; keys; warps, stages and most registers a thread of the kernel (0: any)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """What a kernel is launched with."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.keys,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            **limit,
+        }
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of the forward kernel, of the kernel for dq (the same rows), and of those for dk and dv."""
+    """Tiles of the forward kernel, of the kernel for dq (no more rows), and of those for dk and dv."""
 
     forward: Tile
     query: Tile
@@ -59,7 +72,13 @@ def tiles_for(head_size: int, group: int, dtype: torch.dtype) -> Tiles:
         given = dict(part.split("=") for part in override.split(";"))
         tiles = replace(tiles, **{name: Tile(*map(int, values.split(","))) for name, values in given.items()})
     least = max(16, triton.next_power_of_2(group))
-    return Tiles(*(replace(tile, rows=max(tile.rows, least)) for tile in (tiles.forward, tiles.query, tiles.key)))
+    forward, query, key = (
+        replace(tile, rows=max(tile.rows, least)) for tile in (tiles.forward, tiles.query, tiles.key)
+    )
+    # The lists are made for the forward kernel's blocks; one of the other kernel must not lie in two of them.
+    if (forward.rows // group) % (query.rows // group):
+        query = replace(query, rows=forward.rows)
+    return Tiles(forward, query, key)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

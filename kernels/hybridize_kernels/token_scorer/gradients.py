@@ -132,7 +132,8 @@ def _input_gradient_kernel(
         z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gate = tl.sigmoid(z)
         x = x * gate * (1.0 + z * (1.0 - gate))
-    x = tl.where(is_token[:, None], x, 0.0)
+    # A product, not tl.where: ptxas 12.9 takes a selected fp32 accumulator for zero and drops the matrix products.
+    x = x * is_token[:, None].to(tl.float32)
     output_ptr += row * stride_b + head * stride_h + begin.to(tl.int64) * stride_t
     at = output_ptr + steps[:, None] * stride_t + columns[None, :]
     tl.store(at, x.to(output_ptr.dtype.element_ty), mask=inside)
