@@ -167,7 +167,7 @@ class TokenEviction(Mixer):
         complete = self._complete(positions)
         rope = Rope(*position_embeddings)
         future = future_attention(
-            rope(q), rope(k), window=self.config.window_tokens, positions=positions, scale=self.scale
+            rope(q), rope(k), window=self.config.window_tokens, positions=None, scale=self.scale
         )
         future = future.masked_fill(~complete[..., None], -torch.inf)
         return RetentionTargets(k, v, positions, future, complete)

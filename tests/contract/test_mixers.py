@@ -183,7 +183,9 @@ def test_saved_and_loaded_hybrids_give_the_same_logits(mixer, family, tmp_path):
     save_model(model, tmp_path)
     again = load_hybrid(tmp_path, dtype=torch.float32, complete=False).to(DEVICES["device"])
     assert type(again) is type(model)
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    found, expected = logits(again, tokens), logits(model, tokens)
+    # On CUDA a product's kernel is chosen by how its operands lie in memory too.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0 if found.device.type == "cpu" else 1e-5)
 
 
 @matrix

@@ -41,14 +41,14 @@ def run(form, q, k, log_sum_exp=None, **options):
         return attention_log_sum_exp(q, k, **bounds), *column_statistics(q, k, log_sum_exp, **options)
 
 
-def assert_equal_with_infinities(name: str, actual: Tensor, expected: Tensor) -> None:
+def assert_equal_with_infinities(name: str, actual: Tensor, expected: Tensor, looser: float = 1.0) -> None:
     """As `assert_close` at fp32, whatever the inputs' dtype: they are taken as they are. −inf only where expected."""
     assert torch.equal(actual == -torch.inf, expected == -torch.inf), f"{name}: −inf elsewhere"
     finite = expected.isfinite()
-    assert_close(name, actual[finite], expected[finite], OUTPUT[torch.float32])
+    assert_close(name, actual[finite], expected[finite], looser * OUTPUT[torch.float32])
 
 
-def assert_agrees(form, q, k, log_sum_exp=None, **options):
+def assert_agrees(form, q, k, log_sum_exp=None, *, looser=1.0, **options):
     actual = run(form, q, k, log_sum_exp, **options)
     exact = None if log_sum_exp is None else log_sum_exp.double()
     expected = run("reference", q.double(), k.double(), exact, **options)
@@ -57,7 +57,7 @@ def assert_agrees(form, q, k, log_sum_exp=None, **options):
             assert result is None
             continue
         assert result.dtype == torch.float32
-        assert_equal_with_infinities(name, result, wanted)
+        assert_equal_with_infinities(name, result, wanted, looser)
 
 
 @pytest.mark.parametrize("form", ["reference", "eager", "triton"])
@@ -103,7 +103,9 @@ def test_takes_a_log_sum_exp_and_leaves_out_the_sum(form, device):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 8.0])
 def test_any_scale(form, scale, device):
     q, k = make_inputs(50, device=device)
-    assert_agrees(form, q, k, window=9, scale=scale, positions=positions_of(50, 0, 20, device=device))
+    # A probability's relative error is its logit's absolute one, which grows with the logit.
+    looser = max(1.0, abs(scale))
+    assert_agrees(form, q, k, looser=looser, window=9, scale=scale, positions=positions_of(50, 0, 20, device=device))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -339,7 +339,9 @@ def test_documents_are_attended_one_by_one():
     q, k, v, score = (x[:1] for x in make_inputs(20))
     options = {"window": 4, "sinks": 1, "budget": 3}
     packed = retained_attention(q, k, v, score, cu_seqlens=torch.tensor([0, 8, 20]), **options)
-    apart = [retained_attention(*(x[:, part] for x in (q, k, v, score)), **options) for part in (slice(8), slice(8, 20))]
+    apart = [
+        retained_attention(*(x[:, part] for x in (q, k, v, score)), **options) for part in (slice(8), slice(8, 20))
+    ]
     assert_close("output", packed, torch.cat(apart, dim=1), OUTPUT[torch.float64])
 
 

@@ -69,7 +69,7 @@ class Case:
             "window": self.window,
             "sinks": self.sinks,
             "budget": self.budget,
-            **{name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in self.order(keys, batch).items()},
+            **self.order(keys, batch),
         }
 
     def order(self, keys: int, batch: int) -> dict[str, object]:
@@ -79,11 +79,11 @@ class Case:
             positions[0] = (torch.arange(self.time) - self.time // 3).clamp(min=-1)
             real = torch.rand(self.time) > 0.4
             positions[1, real] = torch.arange(int(real.sum()))
-            positions = positions[-batch:].contiguous()
+            positions = positions[-batch:].contiguous().to(DEVICE)
             return {"query_positions": positions, "key_positions": positions}
         if self.layout == "documents":
             cuts = sorted(torch.randint(0, self.time + 1, (3,)).tolist())
-            return {"cu_seqlens": torch.tensor([0, *cuts, self.time], dtype=torch.int32)}
+            return {"cu_seqlens": torch.tensor([0, *cuts, self.time], dtype=torch.int32, device=DEVICE)}
         if self.layout == "continued":
             # Slots of an earlier cache, some of them empty, then the window's tokens, then new ones.
             seen = 3 * self.window + 2 * self.prefix
@@ -94,6 +94,7 @@ class Case:
                     slots = torch.randperm(seen - self.window + 1)[:held].sort().values
                     positions[row, self.prefix - held : self.prefix, head] = slots
             positions[:, self.prefix :] = torch.arange(seen - self.window, seen + self.time)[None, :, None]
+            positions = positions.to(DEVICE)
             last = positions[:, keys - self.time :, 0].contiguous()
             return {"query_positions": last, "key_positions": positions, "ordered_from": self.prefix}
         return {}
@@ -201,7 +202,7 @@ def test_bad_arguments_are_refused(change: dict[str, object]) -> None:
 def test_documents_need_one_row() -> None:
     inputs, options = Case(9).arguments()
     with pytest.raises(ValueError, match="cu_seqlens needs one row"):
-        retained_attention(*inputs, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), **options)
+        retained_attention(*inputs, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32, device=DEVICE), **options)
 
 
 def test_keys_in_any_order_have_no_kernel() -> None:

@@ -134,6 +134,11 @@ def test_half_precision_products(device):
     assert_close("logits", rounded, exact, 2 * OUTPUT[torch.bfloat16])
 
 
+EXACT_SUM = 2
+"""The matrix units cut off, where others round, each time they add 16 products to a sum: of the 1536 products in three
+parts of the widest layer here that is 288 times up to 2**-24 of the sum, and 7e-6 was seen."""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,7 +162,7 @@ def test_kernels_on_the_gpu(dtype, compute_dtype, head_size):
     for n, (actual, expected) in enumerate(zip(results["triton"], results["eager"], strict=True)):
         half = rounded or actual.dtype == torch.bfloat16
         table = OUTPUT if n == 0 else GRADIENT
-        tolerance = 2 * table[torch.bfloat16] if half else table[torch.float32]
+        tolerance = 2 * table[torch.bfloat16] if half else EXACT_SUM * table[torch.float32]
         assert_close(f"tensor {n}", actual, expected, tolerance)
 
 
@@ -275,7 +280,7 @@ def test_streaming_on_the_gpu(dtype, head_size):
     count = torch.full((20,), prompt, dtype=torch.int32, device="cuda")
     seen = torch.zeros_like(count)
     first = step(k[:, :prompt], v[:, :prompt], history, count, seen, parameters)
-    assert_close("prompt", first[:, margin:], whole[:, : prompt - margin], OUTPUT[torch.float32])
+    assert_close("prompt", first[:, margin:], whole[:, : prompt - margin], EXACT_SUM * OUTPUT[torch.float32])
     seen += prompt
     one = torch.ones_like(count)
     new_k, new_v = k[:, prompt : prompt + 1].clone(), v[:, prompt : prompt + 1].clone()
@@ -293,7 +298,7 @@ def test_streaming_on_the_gpu(dtype, head_size):
         streamed.append(logits.clone())
         seen += 1
     expected = whole[:, prompt - margin : tokens - margin]
-    assert_close("decoded", torch.cat(streamed, dim=1), expected, OUTPUT[torch.float32])
+    assert_close("decoded", torch.cat(streamed, dim=1), expected, EXACT_SUM * OUTPUT[torch.float32])
 
 
 def test_what_does_not_fit_is_named():

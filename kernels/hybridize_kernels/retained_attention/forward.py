@@ -54,7 +54,7 @@ def list_pointers(anything: Tensor, lists: RetainedLists | None, layout: Layout)
 
 
 def list_sizes(lists: RetainedLists | None, layout: Layout) -> tuple[int, ...]:
-    """time, keys, heads, offset, prefix, window, chunk, width of its list (0: one list for all), rows of a list block."""
+    """time, keys, heads, offset, prefix, window, chunk, width of its list (0: one for all), rows of a list's block."""
     width = 0 if lists is None or lists.chunk_columns is None else lists.chunk_columns.shape[-1]
     chunk, block = (layout.time, 1) if lists is None else (lists.chunk, lists.block)
     return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width, block)

@@ -29,7 +29,9 @@ def retained_attention(
         # What documents that do not see each other are: one call each.
         results = [
             retained_attention(
-                *(x[:, start:stop] for x in (q, k, v)),
+                q[:, start:stop],
+                k[:, start:stop],
+                v[:, start:stop],
                 None if retention_score is None else retention_score[:, start:stop],
                 window=window,
                 sinks=sinks,

@@ -48,9 +48,9 @@ class Tiles:
 
 
 _HALF = {
-    32: Tiles(Tile(128, 32, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
-    64: Tiles(Tile(128, 32, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(128, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    32: Tiles(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 128), Tile(64, 64, 4, 3)),
+    64: Tiles(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 128), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 2, 128), Tile(32, 64, 4, 3)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 """By padded head size, for fp16 and bf16; chosen on an H100."""

@@ -16,10 +16,10 @@ SETTINGS_VARIABLE = "HYBRIDIZE_RETAINED_DECODE"
 """Environment variable that overrides the table below: "block_slots,num_warps,num_stages,num_programs"."""
 
 # By bytes of one key in memory, at most: slots a tile, warps, stages, and the programs to aim at (two for each of the
-# 132 processors of an H100). Tiles are 4 to 16 kB, so that a few stages of several programs fit on a processor.
+# 132 processors of an H100). Chosen by bandwidth there.
 SETTINGS = {
-    128: (64, 4, 3, 264),
-    256: (64, 4, 2, 264),
+    128: (64, 2, 3, 264),
+    256: (64, 4, 4, 264),
     512: (32, 4, 2, 264),
     1024: (16, 4, 2, 264),
 }
