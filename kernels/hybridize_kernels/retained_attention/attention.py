@@ -78,6 +78,7 @@ class _RetainedAttention(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         q, k, v = (_ready(x, call.order) for x in (q, k, v))
         output, log_sum_exp = attend(q, k, v, call.lists, call.layout, call.scale, call.tiles.forward)
         ctx.save_for_backward(q, k, v, output, log_sum_exp, score)
@@ -89,16 +90,21 @@ class _RetainedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor, d_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, d_output: Tensor | None, d_log_sum_exp: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, output, log_sum_exp, score = ctx.saved_tensors
         call: _Call = ctx.call
-        d_output = _ready(d_output, call.order)
+        d_output = torch.zeros_like(output) if d_output is None else _ready(d_output, call.order)
         if d_log_sum_exp is not None:
             d_log_sum_exp = _ready(d_log_sum_exp, call.order).contiguous()
-        gradients: tuple[Tensor, ...] = attend_backward(
+        if score is not None and not ctx.needs_input_grad[3]:
+            score = None
+        gradients: tuple[Tensor | None, ...] = attend_backward(
             q,
             k,
             v,
+            score if score is None or call.order is None else _take(score, call.order),
             output,
             log_sum_exp,
             d_output,
@@ -110,12 +116,8 @@ class _RetainedAttention(torch.autograd.Function):
         )
         if call.order is not None:
             back = call.order.argsort(dim=1)
-            gradients = tuple(_take(x, back) for x in gradients)
-        dq, dk, dv, d_gate = gradients
-        d_score = None
-        if score is not None and ctx.needs_input_grad[3]:
-            d_score = torch.where(score.isfinite(), d_gate, 0.0).to(score.dtype)
-        return dq, dk, dv, d_score, None
+            gradients = tuple(None if x is None else _take(x, back) for x in gradients)
+        return *gradients, None
 
 
 def _layout(

@@ -26,6 +26,7 @@ def attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    score: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
     d_output: Tensor,
@@ -34,12 +35,12 @@ def attend_backward(
     layout: Layout,
     scale: float,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and `[B, S, H]` fp32 ⟨dv, v⟩."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, and for a score `[B, S, H]` its gradient, ⟨dv, v⟩ where it is finite."""
     batch, time, heads, keys = layout.batch, layout.time, layout.heads, layout.keys
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    d_gate = torch.empty(batch, keys, heads, dtype=torch.float32, device=q.device)
+    d_score = None if score is None else torch.empty(score.shape, dtype=score.dtype, device=q.device)
     delta = torch.empty_like(log_sum_exp)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     do_strides = d_output.stride()[:3]
@@ -65,7 +66,7 @@ def attend_backward(
             **tiles.query.options(),
         )
         tile = tiles.key
-        parts = d_gate
+        parts = delta
         if lists is not None:
             parts = torch.empty(
                 batch, heads, lists.part_rows, 2, layout.head_size, dtype=torch.float32, device=q.device
@@ -108,7 +109,8 @@ def attend_backward(
             parts,
             dk,
             dv,
-            d_gate,
+            delta if score is None else score,
+            delta if d_score is None else d_score,
             q if layout.key_end is None else layout.key_end,
             *((q, q, q, q) if lists is None else (lists.exit, lists.part_row, lists.part_span, lists.part_stride)),
             *strides,
@@ -116,7 +118,9 @@ def attend_backward(
             scale,
             *list_sizes(lists, layout),
             0 if lists is None else lists.part_rows,
+            *((0, 0, 0) if score is None else score.stride()),
             *constants,
+            HAS_SCORE=score is not None,
             **tile.options(),
         )
-    return dq, dk, dv, d_gate
+    return dq, dk, dv, d_score

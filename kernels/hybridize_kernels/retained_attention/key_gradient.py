@@ -154,7 +154,8 @@ def key_kernel(
     parts_ptr,  # [B·H, part_rows, 2, D]
     dk_ptr,  # [B, S, H, D] contiguous
     dv_ptr,
-    d_gate_ptr,  # [B, S, H]
+    score_ptr,  # [B, S, H] of any strides
+    d_score_ptr,  # [B, S, H] contiguous
     key_end_ptr,
     exit_ptr,
     part_row_ptr,
@@ -183,6 +184,9 @@ def key_kernel(
     width,
     list_block,
     part_rows,
+    score_stride_b,
+    score_stride_t,
+    score_stride_h,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -191,6 +195,7 @@ def key_kernel(
     PADDED: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -264,4 +269,8 @@ def key_kernel(
     there = inside[:, None] & (features < D)[None, :]
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=there)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
-    tl.store(d_gate_ptr + out_row, tl.sum(dv * v.to(tl.float32), 1), mask=inside)
+    if HAS_SCORE:
+        at = score_ptr + batch * score_stride_b + head * score_stride_h + column.to(tl.int64) * score_stride_t
+        finite = tl.abs(tl.load(at, mask=inside, other=0.0).to(tl.float32)) < float("inf")
+        d_score = tl.where(finite, tl.sum(dv * v.to(tl.float32), 1), 0.0)
+        tl.store(d_score_ptr + out_row, d_score.to(d_score_ptr.dtype.element_ty), mask=inside)

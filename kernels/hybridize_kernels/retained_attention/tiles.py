@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -66,9 +67,14 @@ _FLOAT = {
 
 def tiles_for(head_size: int, group: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a call; a block's rows hold whole queries, so that they grow with very large groups."""
+    return _tiles_for(head_size, group, dtype, os.environ.get(VARIABLE))
+
+
+@cache
+def _tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | None) -> Tiles:
     table = _FLOAT if dtype == torch.float32 else _HALF
     tiles = table[max(32, triton.next_power_of_2(head_size))]
-    if override := os.environ.get(VARIABLE):
+    if override:
         given = dict(part.split("=") for part in override.split(";"))
         tiles = replace(tiles, **{name: Tile(*map(int, values.split(","))) for name, values in given.items()})
     least = max(16, triton.next_power_of_2(group))
