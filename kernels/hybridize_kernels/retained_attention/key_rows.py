@@ -104,60 +104,42 @@ def all_rows(
     full_high = tl.minimum(high, tl.min(upper, 0))
     full_from = tl.minimum(tl.cdiv(tl.maximum(full_low - low, 0), BLOCK_Q), tiles)
     full_to = tl.maximum(tl.minimum(tl.maximum(full_high - low, 0) // BLOCK_Q, tiles), full_from)
-    for at in tl.range(full_from, full_to, num_stages=STAGES):
-        dk, dv = _rows_tile(
-            k,
-            v,
-            dk,
-            dv,
-            q_ptr,
-            lse_ptr,
-            d_output_ptr,
-            delta_ptr,
-            q_stride_t,
-            q_stride_h,
-            do_stride_t,
-            do_stride_h,
-            query_heads,
-            scale2,
-            low + at * BLOCK_Q,
-            high,
-            lower,
-            upper,
-            G,
-            D,
-            BLOCK_D,
-            LONG,
-            PRECISION,
-            BLOCK_M,
-            False,
-        )
-    for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
-        dk, dv = _rows_tile(
-            k,
-            v,
-            dk,
-            dv,
-            q_ptr,
-            lse_ptr,
-            d_output_ptr,
-            delta_ptr,
-            q_stride_t,
-            q_stride_h,
-            do_stride_t,
-            do_stride_h,
-            query_heads,
-            scale2,
-            low + tl.where(at < full_from, at, at + full_to - full_from) * BLOCK_Q,
-            high,
-            lower,
-            upper,
-            G,
-            D,
-            BLOCK_D,
-            LONG,
-            PRECISION,
-            BLOCK_M,
-            True,
-        )
+    for masked in tl.static_range(2):
+        if masked:
+            begin = 0
+            end = tiles - (full_to - full_from)
+        else:
+            begin = full_from
+            end = full_to
+        for at in tl.range(begin, end, num_stages=STAGES):
+            tile = at
+            if masked:
+                tile = tl.where(at < full_from, at, at + full_to - full_from)
+            dk, dv = _rows_tile(
+                k,
+                v,
+                dk,
+                dv,
+                q_ptr,
+                lse_ptr,
+                d_output_ptr,
+                delta_ptr,
+                q_stride_t,
+                q_stride_h,
+                do_stride_t,
+                do_stride_h,
+                query_heads,
+                scale2,
+                low + tile * BLOCK_Q,
+                high,
+                lower,
+                upper,
+                G,
+                D,
+                BLOCK_D,
+                LONG,
+                PRECISION,
+                BLOCK_M,
+                masked,
+            )
     return dk, dv
