@@ -8,12 +8,11 @@ kernel adds to its own in order, so that every key is written once.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .forward import flags, list_pointers, list_sizes
 from .key_gradient import key_kernel, part_kernel
-from .layout import Layout
+from .layout import Layout, ceil_div
 from .lists import RetainedLists
 from .query_gradient import query_kernel
 from .tiles import Tiles
@@ -46,7 +45,7 @@ def attend_backward(
     do_strides = d_output.stride()[:3]
     constants = flags(lists, layout, q)
     with torch.cuda.device_of(q):
-        query_kernel[(triton.cdiv(time, tiles.query.rows // layout.group), batch * heads)](
+        query_kernel[(ceil_div(time, tiles.query.rows // layout.group), batch * heads)](
             q,
             k,
             v,
@@ -73,8 +72,8 @@ def attend_backward(
             )
             columns = lists.columns if lists.chunk_columns is None else lists.chunk_columns
             longest = columns.shape[-1]
-            programs = min(triton.cdiv(longest, tile.keys), PART_PROGRAMS)
-            part_kernel[(programs * triton.cdiv(time, lists.chunk), batch * heads)](
+            programs = min(ceil_div(longest, tile.keys), PART_PROGRAMS)
+            part_kernel[(programs * ceil_div(time, lists.chunk), batch * heads)](
                 q,
                 k,
                 v,
@@ -99,7 +98,7 @@ def attend_backward(
                 *constants,
                 **tile.options(),
             )
-        key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
+        key_kernel[(ceil_div(keys, tile.keys), batch * heads)](
             q,
             k,
             v,

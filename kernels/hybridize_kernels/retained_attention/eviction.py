@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import ceil_div
+
 NEVER = tl.constexpr(2**31 - 1)
 LENGTH = 128
 SCAN = 1024
@@ -38,7 +40,7 @@ def eviction_columns(key: Tensor, document: Tensor | None, budget: int) -> Tenso
     num_kept = (ordered >= 0).sum(-1, dtype=torch.int32)
     rank = torch.empty_like(key)
     rank.scatter_(-1, order, torch.arange(keys, dtype=torch.int32, device=key.device).expand_as(key))
-    chunks = triton.cdiv(keys, LENGTH)
+    chunks = ceil_div(keys, LENGTH)
     evicted = torch.empty_like(key)
     with torch.cuda.device_of(key):
         _eviction_kernel[(chunks, batch * heads)](

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout
+from .layout import Layout, ceil_div, power_of_two
 from .lists import RetainedLists
 from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
 
@@ -23,7 +23,7 @@ def attend(
     batch, time, query_heads, _ = q.shape
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     log_sum_exp = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
-    blocks = triton.cdiv(time, tile.rows // layout.group)
+    blocks = ceil_div(time, tile.rows // layout.group)
     with torch.cuda.device_of(q):
         _forward_kernel[(blocks, batch * layout.heads)](
             q,
@@ -65,7 +65,7 @@ def flags(lists: RetainedLists | None, layout: Layout, q: Tensor) -> tuple[int |
     return (
         layout.group,
         layout.head_size,
-        max(16, triton.next_power_of_2(layout.head_size)),
+        max(16, power_of_two(layout.head_size)),
         lists is not None,
         lists is not None and lists.chunk_columns is not None,
         layout.padded,

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 
+def ceil_div(number: int, size: int) -> int:
+    """Blocks of a size that hold a number of things. (Triton's own is slow outside a kernel.)"""
+    return -(-number // size)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least a number above zero."""
+    return 1 << (number - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Layout:
     """A call's geometry.

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .eviction import NEVER, eviction_columns
-from .layout import Layout
+from .layout import Layout, ceil_div, power_of_two
 
 SCAN = 1024
 
@@ -74,10 +74,10 @@ def retained_lists(
     strides = (0, 0, 0) if score is None else score.stride()
     start = ranking if layout.key_start is None else layout.key_start
     end = ranking if layout.key_end is None else layout.key_end
-    grid = (triton.cdiv(keys, SCAN), batch * heads)
+    grid = (ceil_div(keys, SCAN), batch * heads)
     flags = {"PADDED": layout.padded, "HAS_SCORE": score is not None, "SCAN": SCAN}
     totals, exits = new(2, grid[0]), new(keys)
-    chunks = triton.cdiv(layout.time, chunk)
+    chunks = ceil_div(layout.time, chunk)
 
     def lifetimes(*, ranking_only: bool) -> None:
         _lifetime_kernel[grid](
@@ -128,7 +128,7 @@ def retained_lists(
             chunks,
             part_rows,
             CAPPED=capped,
-            SCANS=triton.next_power_of_2(grid[0]),
+            SCANS=power_of_two(grid[0]),
             SCAN=SCAN,
             num_warps=4,
         )
@@ -138,7 +138,7 @@ def retained_lists(
         assert budget is not None
         width = min(budget + chunk, keys)
         chunk_columns, chunk_stable, chunk_size = new(chunks, width), new(chunks), new(chunks)
-        blocks = triton.cdiv(layout.time, block)
+        blocks = ceil_div(layout.time, block)
         block_size = new(blocks)
         _chunk_kernel[(chunks, batch * heads)](
             exits,
@@ -157,7 +157,7 @@ def retained_lists(
             block,
             blocks,
             width,
-            BLOCKS=triton.next_power_of_2(chunk // block),
+            BLOCKS=power_of_two(chunk // block),
             SCAN=256,
             num_warps=4,
         )

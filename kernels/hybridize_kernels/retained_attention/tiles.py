@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import power_of_two
 from .lists import enter_row
 
 VARIABLE = "HYBRIDIZE_RETAINED_ATTENTION_TILES"
@@ -73,11 +74,11 @@ def tiles_for(head_size: int, group: int, dtype: torch.dtype) -> Tiles:
 @cache
 def _tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | None) -> Tiles:
     table = _FLOAT if dtype == torch.float32 else _HALF
-    tiles = table[max(32, triton.next_power_of_2(head_size))]
+    tiles = table[max(32, power_of_two(head_size))]
     if override:
         given = dict(part.split("=") for part in override.split(";"))
         tiles = replace(tiles, **{name: Tile(*map(int, values.split(","))) for name, values in given.items()})
-    least = max(16, triton.next_power_of_2(group))
+    least = max(16, power_of_two(group))
     forward, query, key = (
         replace(tile, rows=max(tile.rows, least)) for tile in (tiles.forward, tiles.query, tiles.key)
     )
