@@ -68,6 +68,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     numbers = (
         "ms",
         "again_ms",
+        "graph_ms",
         "tflops",
         "of_matmul",
         "gbs",
