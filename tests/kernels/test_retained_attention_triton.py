@@ -59,7 +59,7 @@ class Case:
 
     def arguments(self) -> tuple[list[Tensor], dict[str, object]]:
         batch = 1 if self.layout == "documents" else self.batch
-        keys = self.time + (self.prefix + self.window if self.layout == "continued" else 0)
+        keys = self.time + (self.prefix + self.window if self.layout.startswith("continued") else 0)
         shape = (batch, keys, self.heads)
         q = torch.randn(batch, self.time, self.heads * self.group, self.size)
         k, v = torch.randn(*shape, self.size), torch.randn(*shape, self.size)
@@ -84,7 +84,7 @@ class Case:
         if self.layout == "documents":
             cuts = sorted(torch.randint(0, self.time + 1, (3,)).tolist())
             return {"cu_seqlens": torch.tensor([0, *cuts, self.time], dtype=torch.int32, device=DEVICE)}
-        if self.layout == "continued":
+        if self.layout.startswith("continued"):
             # Slots of an earlier cache, some of them empty, then the window's tokens, then new ones.
             seen = 3 * self.window + 2 * self.prefix
             positions = torch.full((batch, keys, self.heads), -1)
@@ -94,6 +94,8 @@ class Case:
                     slots = torch.randperm(seen - self.window + 1)[:held].sort().values
                     positions[row, self.prefix - held : self.prefix, head] = slots
             positions[:, self.prefix :] = torch.arange(seen - self.window, seen + self.time)[None, :, None]
+            if self.layout == "continued short":  # the window was not full: padding after the slots
+                positions[0, self.prefix : self.prefix + 3] = -1
             positions = positions.to(DEVICE)
             last = positions[:, keys - self.time :, 0].contiguous()
             return {"query_positions": last, "key_positions": positions, "ordered_from": self.prefix}
@@ -146,6 +148,9 @@ CASES = {
     "continued": Case(30, layout="continued", prefix=5),
     "continued, capped": Case(40, layout="continued", prefix=5, budget=5),
     "continued without sinks": Case(30, layout="continued", prefix=4, sinks=0, budget=4, scored=True),
+    "continued without slots": Case(30, layout="continued", prefix=0, sinks=2),
+    "continued after a short text": Case(30, layout="continued short", prefix=4, sinks=2),
+    "continued after a short text, capped": Case(30, layout="continued short", prefix=4, budget=4),
     "continued, sinks alone": Case(30, layout="continued", prefix=2, scored=False),
 }
 
@@ -346,3 +351,17 @@ def test_a_call_does_not_wait_for_the_gpu() -> None:
         retained_attention(*leaves, **options).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_is_asked_of_a_blind_row_reaches_no_gradient(small: None) -> None:
+    inputs, options = Case(24, layout="padded").arguments()
+    leaves = [x.requires_grad_() for x in inputs]
+    with use_implementation("triton"):
+        output, log_sum_exp = retained_attention(*leaves, return_log_sum_exp=True, **options)
+    assert log_sum_exp.isneginf().any()
+    (output.sum() + log_sum_exp.exp().log().clamp(min=-9).sum()).backward()
+    direction = torch.where(log_sum_exp.isneginf(), torch.nan, 1.0)
+    with use_implementation("triton"):
+        again = retained_attention(*leaves, return_log_sum_exp=True, **options)[1]
+    gradients = torch.autograd.grad(again, leaves, direction)
+    assert all(gradient.isfinite().all() for gradient in gradients)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..dispatch import Implementation, check_shape, choose
@@ -14,6 +15,7 @@ __all__ = ["eviction_position", "retained_attention"]
 
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @overload
@@ -86,13 +88,14 @@ def retained_attention(
         window: tokens, the query itself included. sinks: tokens. budget: retained tokens, sinks included; None: no cap.
         query_positions: `[B, T]` int64, real tokens counted from 0 in each row; −1 is padding and gives zeros.
         key_positions: `[B, S]` or `[B, S, H]` int64, distinct in a row (and head), in any order; −1 is an empty slot.
-            Neither: no padding, keys in order, the queries are the last T of them.
+            Neither: no padding, keys in order, the queries are the last T of them. The same tensor for both promises
+            that the real tokens of a row are in order and counted from 0, with padding anywhere.
         scale: positive factor on q·k; D**-0.5 unless given.
         ordered_from: a promise about key_positions, which spares looking: keys are in order of position; from this
             column on positions are consecutive, after padding, the same for all heads, and the queries are the last T;
             the columns before it have left every query's window.
         cu_seqlens: `[N + 1]` int32 with B = 1 and S = T: bounds, from 0 to T, of documents packed side by side, which
-            do not see each other. Positions count in each document; without any they are taken to do so.
+            do not see each other. Positions count in each document and are not given.
         return_log_sum_exp: also return the logarithm of each softmax's denominator; it has a gradient.
 
     Returns:
@@ -123,8 +126,8 @@ def retained_attention(
         _check_keys(op, key_positions, retention_score, (batch, keys, heads))
     elif retention_score is not None:
         check_shape(op, "retention_score", retention_score, (batch, keys, heads))
-    if cu_seqlens is not None and (batch != 1 or keys != time or ordered_from is not None):
-        raise ValueError(f"{op}: cu_seqlens needs one row of as many keys as queries, without ordered_from")
+    if cu_seqlens is not None and (batch != 1 or keys != time or key_positions is not None):
+        raise ValueError(f"{op}: cu_seqlens needs one row of as many keys as queries, and no positions")
     if ordered_from is not None and not (key_positions is not None and 0 <= ordered_from <= keys - time):
         raise ValueError(f"{op}: ordered_from is {ordered_from}, expected positions and at most {keys - time}")
     run = {"reference": _reference, "eager": _eager, "triton": _triton}[
@@ -165,6 +168,8 @@ def _choose(
         (known or cu_seqlens is not None)
         and min(q.numel(), k.numel()) > 0
         and q.dtype == k.dtype == v.dtype
+        and {q.dtype, q.dtype if retention_score is None else retention_score.dtype} <= DTYPES
+        and q.shape[0] * k.shape[2] < 2**16  # an axis of the grid
         and q.shape[-1] == v.shape[-1] <= MAX_HEAD_SIZE
         and q.shape[2] // k.shape[2] <= MAX_GROUP
         and max(q.shape[1], k.shape[1]) < 2**30

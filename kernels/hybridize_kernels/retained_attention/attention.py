@@ -48,7 +48,8 @@ def retained_attention(
     score = None if retention_score is None else retention_score.detach()
     if order is not None and score is not None:
         score = _take(score, order)
-    if prefix and key_positions is not None:
+    if ordered_from is not None and key_positions is not None and (sinks or (prefix and score is not None)):
+        # Neither a slot's emptiness nor a sink can be told from its column.
         score, sinks = _score_of_prefix(score, key_positions, sinks, k.shape[2]), 0
     layout = _layout(q, k, window, query_positions, key_positions, prefix, cu_seqlens)
     tiles = tiles_for(layout.head_size, layout.group, q.dtype)

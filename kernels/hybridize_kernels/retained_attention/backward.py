@@ -43,7 +43,7 @@ def attend_backward(
     delta = torch.empty_like(log_sum_exp)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     do_strides = d_output.stride()[:3]
-    constants = flags(lists, layout, q)
+    constants = flags(lists, layout, q, k, v, d_output)
     with torch.cuda.device_of(q):
         query_kernel[(ceil_div(time, tiles.query.rows // layout.group), batch * heads)](
             q,

@@ -37,7 +37,7 @@ def attend(
             *v.stride()[:3],
             scale * LOG2_E,
             *list_sizes(lists, layout),
-            *flags(lists, layout, q),
+            *flags(lists, layout, q, k, v),
             **tile.options(),
         )
     return output, log_sum_exp
@@ -60,7 +60,7 @@ def list_sizes(lists: RetainedLists | None, layout: Layout) -> tuple[int, ...]:
     return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width, block)
 
 
-def flags(lists: RetainedLists | None, layout: Layout, q: Tensor) -> tuple[int | bool | str, ...]:
+def flags(lists: RetainedLists | None, layout: Layout, q: Tensor, *others: Tensor) -> tuple[int | bool | str, ...]:
     """G, D, BLOCK_D, RETAINED, CAPPED, PADDED, LONG, PRECISION: the constants that all kernels take."""
     return (
         layout.group,
@@ -70,9 +70,15 @@ def flags(lists: RetainedLists | None, layout: Layout, q: Tensor) -> tuple[int |
         lists is not None and lists.chunk_columns is not None,
         layout.padded,
         # Offsets inside one row of the batch pass 2**31 elements.
-        max(layout.time, layout.keys) * layout.heads * layout.group * layout.head_size >= 2**31,
+        any(_span(x) >= 2**31 for x in (q, *others)),
         "ieee" if q.dtype == torch.float32 else "tf32",
     )
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first to the last of one row of `[B, T, H, D]`, as it lies in memory or packed."""
+    _, time, heads, size = x.shape
+    return max(time * heads * size, (time - 1) * x.stride(1) + (heads - 1) * x.stride(2) + size)
 
 
 INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "width", "list_block"]
@@ -159,8 +165,9 @@ def _forward_kernel(
     features = tl.arange(0, BLOCK_D)
     columns = tl.arange(0, BLOCK_N)
     row_wide = row.to(tl.int64) if LONG else row
+    member = (lanes % G).to(tl.int64) if LONG else lanes % G
 
-    q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + (lanes % G) * q_stride_h
+    q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + member * q_stride_h
     q = load_rows(q_rows, valid, features, D, BLOCK_D, True)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h

@@ -83,7 +83,7 @@ def part_kernel(
         if PADDED:
             # Entries of documents that are over come first.
             start = tl.load(query_start_ptr + batch * time + low)
-            if (start < keys) & (start > prefix):
+            if (start < keys) & (prefix == 0):
                 begin = tl.load(before_ptr + start)
         left = tl.minimum(tl.maximum(high + offset - window, prefix), keys)
         end = tl.load(before_ptr + left)

@@ -43,14 +43,13 @@ def _rows_tile(
     row = first + lanes // G
     valid = (lanes < BLOCK_M // G * G) & (row < end)
     wide = row.to(tl.int64) if LONG else row
+    member = (lanes % G).to(tl.int64) if LONG else lanes % G
     features = tl.arange(0, BLOCK_D)
     # Whole blocks of a group that fills the tile need no mask.
     PARTIAL: tl.constexpr = MASKED or (BLOCK_M % G != 0)
-    q = load_rows(q_ptr + wide * q_stride_t + (lanes % G) * q_stride_h, valid, features, D, BLOCK_D, PARTIAL)
-    d_output = load_rows(
-        d_output_ptr + wide * do_stride_t + (lanes % G) * do_stride_h, valid, features, D, BLOCK_D, PARTIAL
-    )
-    at = wide * query_heads + lanes % G
+    q = load_rows(q_ptr + wide * q_stride_t + member * q_stride_h, valid, features, D, BLOCK_D, PARTIAL)
+    d_output = load_rows(d_output_ptr + wide * do_stride_t + member * do_stride_h, valid, features, D, BLOCK_D, PARTIAL)
+    at = wide * query_heads + member
     lse = tl.load(lse_ptr + at, mask=valid, other=-float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
     delta = tl.load(delta_ptr + at, mask=valid, other=0.0)

@@ -90,11 +90,12 @@ def query_kernel(
     features = tl.arange(0, BLOCK_D)
     columns = tl.arange(0, BLOCK_N)
     row_wide = row.to(tl.int64) if LONG else row
+    member = (lanes % G).to(tl.int64) if LONG else lanes % G
 
-    q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + (lanes % G) * q_stride_h
+    q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + member * q_stride_h
     q = load_rows(q_rows, valid, features, D, BLOCK_D, True)
     do_rows = (
-        d_output_ptr + batch * do_stride_b + head * G * do_stride_h + row_wide * do_stride_t + (lanes % G) * do_stride_h
+        d_output_ptr + batch * do_stride_b + head * G * do_stride_h + row_wide * do_stride_t + member * do_stride_h
     )
     d_output = load_rows(do_rows, valid, features, D, BLOCK_D, True)
     out_row = (batch * time + row) * heads * G + head * G + lanes % G
@@ -102,8 +103,10 @@ def query_kernel(
     delta = tl.sum(output.to(tl.float32) * d_output.to(tl.float32), 1)
     if HAS_D_LSE:
         delta -= tl.load(d_lse_ptr + out_row, mask=valid, other=0.0)
-    tl.store(delta_ptr + out_row, delta, mask=valid)
     lse = tl.load(lse_ptr + out_row, mask=valid, other=-float("inf"))
+    # A row that sees nothing has no part in any gradient, whatever is asked of it.
+    delta = tl.where(lse == -float("inf"), 0.0, delta)
+    tl.store(delta_ptr + out_row, delta, mask=valid)
     # A row that sees nothing gets weights of 0.
     lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
     scale2 = scale * 1.4426950408889634

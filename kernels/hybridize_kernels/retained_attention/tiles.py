@@ -126,8 +126,9 @@ def retained_range(
         full = tl.load(chunk_stable_ptr + first_row // chunk)
         end = tl.load(block_size_ptr + block)
     else:
-        # Entries of earlier documents come first in the list; `start_min` is the block's first document's column.
-        begin = tl.load(before_ptr + tl.where(start_min > prefix, tl.minimum(start_min, keys), 0))
+        # Entries of earlier documents come first in the list; `start_min` is the block's first document's column. What
+        # lies before a prefix's padding is no other document.
+        begin = tl.load(before_ptr + tl.where(prefix == 0, tl.minimum(start_min, keys), 0))
         left = tl.minimum(tl.maximum(first_row + offset - window + 1, prefix), keys)
         full = tl.load(before_ptr + left)
         left = tl.minimum(tl.maximum(last_row + offset - window + 1, prefix), keys)
