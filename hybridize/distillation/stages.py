@@ -163,6 +163,9 @@ class Distil:
         auxiliary = _means(found)
         loss = loss + self.stage.objective.auxiliary * _sum(auxiliary, loss)
         torch.autograd.backward(loss * share)
+        for _, mixer in self.student.mixers:
+            # Checkpointing has made them once more, with a graph that nobody walks and that holds the layer's inputs.
+            mixer.auxiliary = {name: value.detach() for name, value in mixer.auxiliary.items()}
         return {"loss": loss.detach(), **measured, **{name: value.detach() for name, value in auxiliary.items()}}
 
     def clip_groups(self) -> list[list[nn.Parameter]]:

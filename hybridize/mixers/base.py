@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from hybridize.errors import UsageError
 from hybridize.families.base import AttentionGeometry, AttentionView
 from hybridize.mixers.configs.base import MixerConfig
+from hybridize.mixers.parts.slots import make_writable
 
 NEW_PARAMETERS = "hz_new"
 """Name of the submodule that holds a mixer's new parameters: LoRA, saving and loading find them by it."""
@@ -50,7 +51,8 @@ class MixerState(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], minus_one: tuple[str, ...] = ()) -> None:
+        """minus_one: tensors that hold -1 where there is nothing; the others hold 0."""
         super().__init__()
         self.tensors = tensors
         self.seen_tokens = 0
@@ -59,7 +61,9 @@ class MixerState(CacheLayerMixin):
         """A prompt had padding: positions cannot be told without a mask from then on."""
         self.workspace: dict[str, Tensor] = {}
         """Scratch memory of a kernel from one step for the next; it knows nothing of the text."""
-        self._empty = {name: tensor[:1].clone() for name, tensor in tensors.items()}
+        self._minus_one = minus_one
+        self._devices = {name: tensor.device for name, tensor in tensors.items()}
+        self._shapes = {name: tensor.shape[1:] for name, tensor in tensors.items()}
         self.is_initialized = True
 
     def __getitem__(self, name: str) -> Tensor:
@@ -95,8 +99,14 @@ class MixerState(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        batch = next(iter(self.tensors.values())).shape[0] if self.tensors else 0
-        self.tensors = {name: empty.expand(batch, *empty.shape[1:]).clone() for name, empty in self._empty.items()}
+        # In place where the size is fixed: a captured graph goes on with the memory it knows.
+        make_writable(self.tensors)
+        for name, tensor in self.tensors.items():
+            nothing = -1 if name in self._minus_one else 0
+            if tensor.shape[1:] == self._shapes[name]:
+                tensor.fill_(nothing)
+            else:
+                self.tensors[name] = tensor.new_full((tensor.shape[0], *self._shapes[name]), nothing)
         self.seen_tokens = 0
         self.seen_padding = False
 
@@ -120,7 +130,7 @@ class MixerState(CacheLayerMixin):
         self.tensors = {name: t.to("cpu", non_blocking=True) for name, t in self.tensors.items()}
 
     def prefetch(self) -> None:
-        self.tensors = {name: t.to(self._empty[name].device, non_blocking=True) for name, t in self.tensors.items()}
+        self.tensors = {name: t.to(self._devices[name], non_blocking=True) for name, t in self.tensors.items()}
 
 
 class Mixer(nn.Module):
@@ -275,9 +285,10 @@ class Mixer(nn.Module):
         if token_positions is None:
             first = 0 if state is None else state.seen_tokens
             token_positions = torch.arange(first, first + num_tokens, device=q.device).expand(batch, -1)
-        elif state is not None and num_tokens > 1 and not state.seen_padding:
-            # Asked for prompts only: the answer costs a wait for the GPU, and a single new token is hardly padding.
-            self.padded = state.seen_padding = bool((token_positions < 0).any())
+        elif state is not None and num_tokens > 1:
+            # Asked of many tokens only: the answer costs a wait for the GPU, and a step takes padding as it comes.
+            self.padded = bool((token_positions < 0).any())
+            state.seen_padding |= self.padded
         assert position_embeddings is not None
         out, auxiliary = self.mix(q, k, v, hidden_states, Rope(*position_embeddings), state, token_positions)
         self.auxiliary = auxiliary

@@ -58,7 +58,8 @@ class SlidingWindow(Mixer):
                 "keys": torch.zeros(shape, device=device, dtype=dtype),
                 "values": torch.zeros(shape, device=device, dtype=dtype),
                 "last_position": torch.full((batch,), -1, device=device, dtype=torch.int32),
-            }
+            },
+            minus_one=("last_position",),
         )
 
     def _attend(

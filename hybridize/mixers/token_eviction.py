@@ -166,9 +166,7 @@ class TokenEviction(Mixer):
         positions = torch.arange(num_tokens, device=q.device).expand(batch, -1)
         complete = self._complete(positions)
         rope = Rope(*position_embeddings)
-        future = future_attention(
-            rope(q), rope(k), window=self.config.window_tokens, positions=None, scale=self.scale
-        )
+        future = future_attention(rope(q), rope(k), window=self.config.window_tokens, positions=None, scale=self.scale)
         future = future.masked_fill(~complete[..., None], -torch.inf)
         return RetentionTargets(k, v, positions, future, complete)
 
@@ -196,7 +194,8 @@ class TokenEviction(Mixer):
                 "num_retained": torch.zeros(batch, heads, device=device, dtype=torch.int32),
                 "scorer_history": torch.zeros(batch, heads, history, device=device, dtype=torch.float32),
                 "last_position": torch.full((batch,), -1, device=device, dtype=torch.int32),
-            }
+            },
+            minus_one=("retained_positions", "last_position"),
         )
 
     # Scores.

@@ -254,3 +254,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixer):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXER_NAMES if name != "full_attention"])
+def test_a_reset_state_is_a_new_one(mixer):
+    model, tokens = tiny_hybrid(mixer, "llama"), tiny_tokens(2, TOKENS)
+    _, cache = cached_logits(model, tokens, (TOKENS,))
+    state = cache.layers[1]
+    state.reset()
+    fresh = model.mixers[1].new_state(2, tokens.device, torch.float32)
+    assert state.get_seq_length() == 0
+    assert state.tensors.keys() == fresh.tensors.keys()
+    for name, tensor in fresh.tensors.items():
+        assert torch.equal(state[name], tensor), name

@@ -256,3 +256,14 @@ def test_measuring_leaves_the_gradient_and_the_losses_of_align_as_they_are() -> 
     assert all(torch.equal(without[name], with_error[name]) for name in without)
     assert plain.keys() == measured_too.keys()
     assert all(torch.equal(plain[name], measured_too[name]) for name in plain)
+
+
+def test_no_graph_of_a_recomputed_layer_outlives_the_backward_pass() -> None:
+    wrapped = student("F", "T", "F", "T")
+    wrapped.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step = make_step(Stage("d", "distill", steps=2), wrapped, Teacher(tiny_teacher()), nullcontext())  # type: ignore[arg-type]
+    wrapped.model.train()
+    step.backward(step.prepare(batch()), 1.0, measure=False)
+    losses = [value for _, mixer in wrapped.mixers for value in mixer.auxiliary.values()]
+    assert losses
+    assert all(value.grad_fn is None for value in losses)

@@ -319,3 +319,29 @@ def test_a_captured_graph_replays_what_the_steps_do(batch: int, own_scratch: boo
         assert torch.equal(out, stream.step(plain, first + n))
     for name, tensor in captured.items():
         assert torch.equal(tensor, plain[name]), name
+
+
+def test_a_workspace_serves_batches_of_any_size(monkeypatch, device):
+    """Two layouts of the scratch memory of the same size must not take each other's sums for counters."""
+    monkeypatch.setenv(kernel.SETTINGS_VARIABLE, "16,4,2,41")
+    workspace = {}
+    for batch in (5, 11, 5):
+        q, k, v = torch.randn(batch, 1, 1, 16), torch.randn(batch, 1, 1, 16), torch.randn(batch, 1, 1, 16)
+        results = []
+        for form in ("eager", "triton"):
+            torch.manual_seed(batch)
+            keys, values = torch.randn(batch, 1, 200, 16), torch.randn(batch, 1, 200, 16)
+            state = [x.to(device) for x in (keys, values, torch.full((batch,), 200, dtype=torch.int32))]
+            positions = torch.full((batch, 1), 201, device=device)
+            with use_implementation(form):
+                out = retained_decode(
+                    *(x.to(device) for x in (q, k, v)),
+                    *state,
+                    window=200,
+                    sinks=0,
+                    positions=positions,
+                    workspace=workspace,
+                )
+            results.append([out, *state])
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -84,7 +84,7 @@ def _tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | N
     )
     # The lists are made for the forward kernel's blocks; one of the other kernel must not lie in two of them.
     if (forward.rows // group) % (query.rows // group):
-        query = replace(query, rows=forward.rows)
+        query = replace(query, rows=forward.rows, registers=0)
     return Tiles(forward, query, key)
 
 

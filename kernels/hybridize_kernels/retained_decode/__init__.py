@@ -97,7 +97,8 @@ def retained_decode(
         raise ValueError(f"{op}: scores, retained_positions and num_retained are given together or not at all")
     if scores is None and (capacity != sinks or fresh_score is not None):
         raise ValueError(f"{op}: without scores there are as many slots beside the window as sinks, and no fresh_score")
-    fits = head_size <= MAX_HEAD_SIZE and query_heads // heads * head_size <= MAX_TILE
+    tile = (1 << (query_heads // heads - 1).bit_length()) * (1 << (head_size - 1).bit_length())
+    fits = head_size <= MAX_HEAD_SIZE and tile <= MAX_TILE
     form = choose(op, q, k, v, keys, values, has_kernel=True, kernel_fits=fits)
     options: dict[str, Any] = {
         "window": window,

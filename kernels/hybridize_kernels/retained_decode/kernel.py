@@ -56,14 +56,17 @@ def _scratch(keys: Tensor, query_heads: int, splits: int, workspace: dict[str, T
     """
     batch, heads, _, head_size = keys.shape
     partial = batch * splits * query_heads * (head_size + 2)
-    stored = None if workspace is None else workspace.get(SCRATCH)
-    if stored is not None and stored.numel() == partial + batch * heads and stored.device == keys.device:
+    # Told apart by all that places the counters in it: another layout of the same size would take sums for counters.
+    name = f"{SCRATCH} {batch} {heads} {splits} {query_heads} {head_size}"
+    stored = None if workspace is None else workspace.get(name)
+    if stored is not None and stored.device == keys.device:
         return stored
     scratch = torch.empty(partial + batch * heads, dtype=torch.float32, device=keys.device)
     scratch[partial:].zero_()
     # What a graph that is being captured allocates and clears is its own: nobody else may count on it.
     if workspace is not None and not (keys.is_cuda and torch.cuda.is_current_stream_capturing()):
-        workspace[SCRATCH] = scratch
+        workspace.clear()
+        workspace[name] = scratch
     return scratch
 
 

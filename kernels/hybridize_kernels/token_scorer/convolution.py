@@ -56,14 +56,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Layer:
-    """weight: `[H or 1, kernel · C, C']` in the type of the products; bias: `[H or 1, C']` in fp32."""
+    """weight: `[H or 1, kernel · C, C']` in the type of the products; bias: `[H or 1, C']` in fp32.
+
+    given: type of the weight as it was given.
+    """
 
     weight: Tensor
     bias: Tensor
+    given: torch.dtype
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor, compute: torch.dtype) -> Layer:
-        return cls(weight.to(compute).contiguous(), bias.float().contiguous())
+        return cls(weight.to(compute).contiguous(), bias.float().contiguous(), weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ def convolve(
     channels = head_size if inputs is None else inputs.shape[-1]
     streaming = text.history is not None
     exact = inputs is None and text.k.dtype == torch.bfloat16 and text.compute == torch.float32 and not text.dropped
-    weight = in_parts(layer.weight) if exact else layer.weight[None]
+    weight = layer.weight[None]
+    if exact:  # of a bf16 weight the first part is all
+        weight = weight.bfloat16() if layer.given == torch.bfloat16 else in_parts(layer.weight)
     tile = tiles_for(outputs, text.compute, exact=exact).convolution
     tiles = triton.cdiv(time, tile.tokens)
     nothing = layer.bias

@@ -44,7 +44,7 @@ def token_scorer(
         end.to(torch.int32),
         seed,
         dilation,
-        round(dropout * 2**24),
+        min(round(dropout * 2**24), 2**24 - 1),
         torch.float32 if compute_dtype is None else compute_dtype,
         output_weight,
         output_bias,
