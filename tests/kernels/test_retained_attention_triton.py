@@ -30,6 +30,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tiles.VARIABLE, SMALL_TILES)
     monkeypatch.setattr(attention, "CHUNK", 16)
     monkeypatch.setattr(lists, "SCAN", 32)
+    monkeypatch.setattr(lists, "ALONE", 64)
     for name, value in (("LENGTH", 8), ("SCAN", 16), ("CANDIDATES", 4)):
         monkeypatch.setattr(eviction, name, value)
 

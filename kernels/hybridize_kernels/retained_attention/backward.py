@@ -45,7 +45,7 @@ def attend_backward(
     do_strides = d_output.stride()[:3]
     constants = flags(lists, layout, q, k, v, d_output)
     with torch.cuda.device_of(q):
-        query_kernel[(ceil_div(time, tiles.query.rows // layout.group), batch * heads)](
+        query_kernel[(ceil_div(time, tiles.query.rows // layout.group) * batch * heads,)](
             q,
             k,
             v,
@@ -86,9 +86,7 @@ def attend_backward(
                 lists.exit,
                 lists.before,
                 q if lists.chunk_size is None else lists.chunk_size,
-                lists.part_row,
-                lists.part_span,
-                lists.part_stride,
+                q if lists.part_row is None else lists.part_row,
                 *strides,
                 *do_strides,
                 scale,
@@ -111,7 +109,9 @@ def attend_backward(
             delta if score is None else score,
             delta if d_score is None else d_score,
             q if layout.key_end is None else layout.key_end,
-            *((q, q, q, q) if lists is None else (lists.exit, lists.part_row, lists.part_span, lists.part_stride)),
+            q if lists is None else lists.exit,
+            q if lists is None else lists.before,
+            q if lists is None or lists.part_row is None else lists.part_row,
             *strides,
             *do_strides,
             scale,

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from .layout import Layout, ceil_div, power_of_two
 from .lists import RetainedLists
-from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
+from .rescale import elements_of_vote, rescale
+from .tiles import Tile, load_keys, load_rows, query_block, retained_range, retained_rows, window_range, window_rows
 
 LOG2_E = 1.4426950408889634
+SLACK = tl.constexpr(8.0)
+"""Powers of two by which a weight may exceed 1: far inside fp16's range."""
 
 
 def attend(
@@ -24,8 +27,11 @@ def attend(
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     log_sum_exp = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
     blocks = ceil_div(time, tile.rows // layout.group)
+    constants = flags(lists, layout, q, k, v)
+    # The vote is PTX: no interpreter and no other vendor's compiler takes it.
+    vote = elements_of_vote(tile.rows * constants[2], tile.warps) if q.is_cuda and torch.version.cuda else 0
     with torch.cuda.device_of(q):
-        _forward_kernel[(blocks, batch * layout.heads)](
+        _forward_kernel[(blocks * batch * layout.heads,)](
             q,
             k,
             v,
@@ -37,7 +43,9 @@ def attend(
             *v.stride()[:3],
             scale * LOG2_E,
             *list_sizes(lists, layout),
-            *flags(lists, layout, q, k, v),
+            *constants,
+            SUMS=1 if q.dtype == torch.float32 else 8,
+            VOTE=vote,
             **tile.options(),
         )
     return output, log_sum_exp
@@ -86,23 +94,43 @@ INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "wid
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_tile(
-    q, k, v, sums, largest, output, scale, row, lower, upper, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    q,
+    k,
+    v,
+    sums,
+    pivot,
+    output,
+    scale,
+    row,
+    lower,
+    upper,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VOTE: tl.constexpr,
 ):
-    """One tile of keys in the online softmax; `largest` is in base 2, scale above zero."""
+    """One tile of keys in the online softmax: output = Σ exp2(logit − pivot) v, with logits in base 2, scale above 0.
+
+    The pivot is the largest logit so far, or up to SLACK below it, so that it hardly ever moves after the first tiles.
+    sums `[rows, SUMS]` add up to the sum of the weights. The matrix units leave every 8th weight of a row with the same
+    thread, so that 8 sums need no exchange between threads in every tile.
+    """
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = (row[:, None] >= lower[None, :]) & (row[:, None] < upper[None, :])
         logits = tl.where(seen, logits, -float("inf"))
-    now = tl.maximum(largest, tl.max(logits, 1) * scale)
+    largest = tl.max(logits, 1) * scale
+    now = tl.where(largest > pivot + SLACK, largest, pivot)
     if MASKED:
         # A row that has seen nothing yet subtracts 0, so that exp2 gives 0 and not NaN.
-        pivot = tl.where(now == -float("inf"), 0.0, now)
+        minus = tl.where(now == -float("inf"), 0.0, now)
     else:
-        pivot = now
-    weights = tl.math.exp2(logits * scale - pivot[:, None])
-    shrink = tl.math.exp2(largest - pivot)
-    sums = sums * shrink + tl.sum(weights, 1)
-    output = output * shrink[:, None]
+        minus = now
+    weights = tl.math.exp2(logits * scale - minus[:, None])
+    shrink = tl.math.exp2(pivot - minus)
+    parts: tl.constexpr = sums.shape[1]
+    weights_by_part = tl.reshape(weights, [weights.shape[0], weights.shape[1] // parts, parts])
+    sums = sums * shrink[:, None] + tl.sum(weights_by_part, 1)
+    output = rescale(output, shrink, VOTE)
     output = tl.dot(weights.to(v.dtype), v, output, input_precision=PRECISION)
     return sums, now, output
 
@@ -148,13 +176,14 @@ def _forward_kernel(
     PADDED: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
+    VOTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // G
-    block = tl.program_id(0)
-    row_head = tl.program_id(1).to(tl.int64)
+    block, row_head = query_block(time, BLOCK_Q)
     batch = row_head // heads
     head = row_head % heads
     first_row = block * BLOCK_Q
@@ -179,8 +208,8 @@ def _forward_kernel(
         start_min = tl.min(tl.where(valid, start, keys), 0)
         start_max = tl.max(start, 0)
 
-    sums = tl.zeros([BLOCK_M], tl.float32)
-    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sums = tl.zeros([BLOCK_M, SUMS], tl.float32)
+    pivot = tl.full([BLOCK_M], -float("inf"), tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if RETAINED:
@@ -210,16 +239,16 @@ def _forward_kernel(
         for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
             column = tl.load(columns_ptr + at + columns)
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
-            sums, largest, output = _attend_tile(
-                q, k, v, sums, largest, output, scale, row, column, column, False, PRECISION
+            sums, pivot, output = _attend_tile(
+                q, k, v, sums, pivot, output, scale, row, column, column, False, PRECISION, VOTE
             )
         for at in tl.range(full, end, BLOCK_N, num_stages=STAGES):
             inside = at + columns < end
             column = tl.load(columns_ptr + at + columns, mask=inside, other=0)
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
             lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
-            sums, largest, output = _attend_tile(
-                q, k, v, sums, largest, output, scale, row, lower, upper, True, PRECISION
+            sums, pivot, output = _attend_tile(
+                q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE
             )
 
     low, high, tiles, full_from, full_to = window_range(
@@ -228,8 +257,8 @@ def _forward_kernel(
     for at in tl.range(full_from, full_to, num_stages=STAGES):
         column = low + at * BLOCK_N + columns
         k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
-        sums, largest, output = _attend_tile(
-            q, k, v, sums, largest, output, scale, row, column, column, False, PRECISION
+        sums, pivot, output = _attend_tile(
+            q, k, v, sums, pivot, output, scale, row, column, column, False, PRECISION, VOTE
         )
     # The tiles at the window's left edge and those at the diagonal.
     for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
@@ -237,14 +266,15 @@ def _forward_kernel(
         inside = column < high
         k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
         lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
-        sums, largest, output = _attend_tile(q, k, v, sums, largest, output, scale, row, lower, upper, True, PRECISION)
+        sums, pivot, output = _attend_tile(q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE)
 
+    sums = tl.sum(sums, 1)
     blind = sums == 0
     if PADDED:
         blind = blind | (start >= keys)
     output = tl.where(blind[:, None], 0.0, output / tl.where(blind, 1.0, sums)[:, None])
     # log2 of a sum times ln 2.
-    log_sum = tl.where(blind, -float("inf"), (largest + tl.math.log2(tl.where(blind, 1.0, sums))) * 0.6931471805599453)
+    log_sum = tl.where(blind, -float("inf"), (pivot + tl.math.log2(tl.where(blind, 1.0, sums))) * 0.6931471805599453)
     out_row = (batch * time + row) * heads * G + head * G + lanes % G
     tl.store(lse_ptr + out_row, log_sum, mask=valid)
     at = output_ptr + out_row[:, None] * D + features[None, :]

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .forward import INTEGERS
 from .key_rows import all_rows
-from .lists import enter_row
+from .lists import enter_row, first_part_row, parts_of_queries
 from .tiles import load_keys, retained_rows, window_rows
 
 
@@ -24,8 +24,6 @@ def part_kernel(
     before_ptr,
     chunk_size_ptr,
     part_row_ptr,
-    part_span_ptr,
-    part_stride_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -65,8 +63,11 @@ def part_kernel(
     row_head = tl.program_id(1).to(tl.int64)
     batch = row_head // heads
     head = row_head % heads
-    part = tl.program_id(0) // programs
-    span = tl.load(part_span_ptr + row_head)
+    # The last part of the queries, which has the most keys, starts first.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = program // programs
+    before_ptr += row_head * (keys + 1)
+    span, stride = parts_of_queries(before_ptr, part_rows, chunk, time, keys, CAPPED)
     low = part * span
     if low >= time:
         return
@@ -78,7 +79,6 @@ def part_kernel(
         end = tl.load(chunk_size_ptr + row_head * chunks + part)
     else:
         columns_ptr += row_head * keys
-        before_ptr += row_head * (keys + 1)
         begin = 0
         if PADDED:
             # Entries of documents that are over come first.
@@ -89,7 +89,6 @@ def part_kernel(
         end = tl.load(before_ptr + left)
     exit_ptr += row_head * keys
     part_row_ptr += row_head * keys
-    stride = tl.load(part_stride_ptr + row_head)
     query_heads = heads * G
     q_ptr += batch * q_stride_b + head * G * q_stride_h
     d_output_ptr += batch * do_stride_b + head * G * do_stride_h
@@ -100,7 +99,7 @@ def part_kernel(
     parts_ptr += row_head * part_rows * 2 * D
     features = tl.arange(0, BLOCK_D)
 
-    for tile in range(begin + tl.program_id(0) % programs * BLOCK_N, end, programs * BLOCK_N):
+    for tile in range(begin + program % programs * BLOCK_N, end, programs * BLOCK_N):
         entry = tile + tl.arange(0, BLOCK_N)
         inside = entry < end
         column = tl.load(columns_ptr + entry, mask=inside, other=0)
@@ -137,7 +136,8 @@ def part_kernel(
             STAGES,
         )
         live = inside & (upper > low) & (upper > lower)
-        target = tl.load(part_row_ptr + column, mask=live, other=0) + (part - lower // span) * stride
+        target = first_part_row(before_ptr, part_row_ptr, column, live, lower, span, stride, CAPPED)
+        target += (part - lower // span) * stride
         at = parts_ptr + target.to(tl.int64)[:, None] * (2 * D) + features[None, :]
         tl.store(at, dk * scale, mask=live[:, None] & (features < D)[None, :])
         tl.store(at + D, dv, mask=live[:, None] & (features < D)[None, :])
@@ -158,9 +158,8 @@ def key_kernel(
     d_score_ptr,  # [B, S, H] contiguous
     key_end_ptr,
     exit_ptr,
+    before_ptr,
     part_row_ptr,
-    part_span_ptr,
-    part_stride_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -253,11 +252,12 @@ def key_kernel(
     if RETAINED:
         enter = enter_row(column, offset, prefix, window)
         leave = tl.load(exit_ptr + row_head * keys + column, mask=inside, other=0)
-        span = tl.load(part_span_ptr + row_head)
-        stride = tl.load(part_stride_ptr + row_head)
+        before_ptr += row_head * (keys + 1)
+        span, stride = parts_of_queries(before_ptr, part_rows, chunk, time, keys, CAPPED)
         retained = inside & (leave > enter)
         number = tl.where(retained, (leave - 1) // span - enter // span + 1, 0)
-        target = tl.load(part_row_ptr + row_head * keys + column, mask=retained, other=0)
+        part_row_ptr += row_head * keys
+        target = first_part_row(before_ptr, part_row_ptr, column, retained, enter, span, stride, CAPPED)
         parts_ptr += row_head * part_rows * 2 * D
         for part in range(0, tl.max(number, 0)):
             at = (target + part * stride).to(tl.int64)[:, None] * (2 * D) + features[None, :]

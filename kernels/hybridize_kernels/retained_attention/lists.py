@@ -17,6 +17,8 @@ from .eviction import NEVER, eviction_columns
 from .layout import Layout, ceil_div, power_of_two
 
 SCAN = 1024
+ALONE = 4096
+"""Keys that one program takes in one go; so many at most are one program's work, without a count before."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class RetainedLists:
         exit: `[B, H, S]` row from which a key is not retained; at most its `enter` if it never is.
         columns: `[B, H, S]` columns of all retained keys in order; unwritten beyond their number.
         before: `[B, H, S + 1]` number of retained keys below each column.
-        part_row: `[B, H, S]` row of a retained key's first partial gradient; undefined for other keys.
-        part_span, part_stride: `[B, H]` query rows of one part, and the distance of a key's parts in `part_row`'s rows.
         part_rows: rows of partial gradients that (b, h) may need at most.
         chunk, block: query rows of a chunk and of a block; the first is a multiple of the second.
+        part_row: `[B, H, S]` row of a retained key's first partial gradient; undefined for other keys. None without a
+            cap, where it follows from `before`; see parts_of_queries.
         chunk_columns: `[B, H, chunks, budget + chunk]`, first those that serve the whole chunk, then the others in
             order; None without a cap.
         chunk_stable, chunk_size: `[B, H, chunks]` number of the first, and of all.
@@ -40,12 +42,10 @@ class RetainedLists:
     exit: Tensor
     columns: Tensor
     before: Tensor
-    part_row: Tensor
-    part_span: Tensor
-    part_stride: Tensor
     part_rows: int
     chunk: int
     block: int
+    part_row: Tensor | None = None
     chunk_columns: Tensor | None = None
     chunk_stable: Tensor | None = None
     chunk_size: Tensor | None = None
@@ -64,79 +64,57 @@ def retained_lists(
     """
     batch, heads, keys = layout.batch, layout.heads, layout.keys
     device = layout.device
-    capped = budget is not None and keys > budget
 
     def new(*shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=torch.int32, device=device)
 
-    ranking, evicted = new(keys), None
-    source = ranking if score is None else score
-    strides = (0, 0, 0) if score is None else score.stride()
-    start = ranking if layout.key_start is None else layout.key_start
-    end = ranking if layout.key_end is None else layout.key_end
-    grid = (ceil_div(keys, SCAN), batch * heads)
-    flags = {"PADDED": layout.padded, "HAS_SCORE": score is not None, "SCAN": SCAN}
-    totals, exits = new(2, grid[0]), new(keys)
+    exits, columns, before = new(keys), new(keys), new(keys + 1)
+    cap = budget if budget is not None and keys > budget else None
     chunks = ceil_div(layout.time, chunk)
+    alone = keys <= ALONE
+    scan = SCAN if keys <= SCAN or not alone else ALONE
+    scans = ceil_div(keys, scan)
+    grid = (scans, batch * heads)
+    ranking = evicted = totals = part_row = exits
+    part_rows = 2 * keys if cap is None else keys + cap * chunks
+    sizes = (heads, layout.time, keys, layout.offset, layout.prefix, layout.window, sinks, chunk)
+    flags = {"PADDED": layout.padded, "HAS_SCORE": score is not None, "SCAN": scan, "num_warps": 4 if scan == SCAN else 16}
 
-    def lifetimes(*, ranking_only: bool) -> None:
-        _lifetime_kernel[grid](
-            source,
-            start,
-            end,
+    def pointers() -> tuple[Tensor, ...]:
+        return (
+            exits if score is None else score,
+            exits if layout.key_start is None else layout.key_start,
+            exits if layout.key_end is None else layout.key_end,
             ranking,
-            ranking if evicted is None else evicted,
+            evicted,
             exits,
             totals,
-            *strides,
-            heads,
-            layout.time,
-            keys,
-            layout.offset,
-            layout.prefix,
-            layout.window,
-            sinks,
-            chunk,
-            RANKING_ONLY=ranking_only,
-            CAPPED=capped,
-            **flags,
-            num_warps=4,
         )
 
+    strides = (0, 0, 0) if score is None else score.stride()
     with torch.cuda.device_of(exits):
-        if capped:
-            assert budget is not None
-            lifetimes(ranking_only=True)
-            evicted = eviction_columns(ranking, layout.document, budget)
-        lifetimes(ranking_only=False)
-        columns, before, part_row = new(keys), new(keys + 1), new(keys)
-        part_span, part_stride = new(), new()
-        part_rows = keys + min(budget, keys) * chunks if capped and budget is not None else 2 * keys
+        if cap is not None:
+            ranking, part_row = new(keys), new(keys)
+            _ranking_kernel[grid](*pointers(), *strides, *sizes, **flags)
+            evicted = eviction_columns(ranking, layout.document, cap)
+        if not alone:
+            totals = new(2, scans)
+            _lifetime_kernel[grid](*pointers(), *strides, *sizes, CAPPED=cap is not None, **flags)
         _list_kernel[grid](
-            exits,
-            totals,
+            *pointers(),
             columns,
             before,
             part_row,
-            part_span,
-            part_stride,
-            keys,
-            layout.offset,
-            layout.prefix,
-            layout.window,
-            chunk,
-            chunks,
-            part_rows,
-            CAPPED=capped,
-            SCANS=power_of_two(grid[0]),
-            SCAN=SCAN,
-            num_warps=4,
+            *strides,
+            *sizes,
+            CAPPED=cap is not None,
+            ALONE=alone,
+            SCANS=power_of_two(scans),
+            **flags,
         )
-        whole = RetainedLists(exits, columns, before, part_row, part_span, part_stride, part_rows, chunk, block)
-        if not capped:
-            return whole
-        assert budget is not None
-        width = min(budget + chunk, keys)
+        if cap is None:
+            return RetainedLists(exits, columns, before, part_rows, chunk, block)
+        width = min(cap + chunk, keys)
         chunk_columns, chunk_stable, chunk_size = new(chunks, width), new(chunks), new(chunks)
         blocks = ceil_div(layout.time, block)
         block_size = new(blocks)
@@ -165,12 +143,10 @@ def retained_lists(
         exits,
         columns,
         before,
-        part_row,
-        part_span,
-        part_stride,
         part_rows,
         chunk,
         block,
+        part_row,
         chunk_columns,
         chunk_stable,
         chunk_size,
@@ -184,17 +160,124 @@ def enter_row(column, offset, prefix, window):
     return tl.where(column < prefix, 0, tl.maximum(column - offset + window, 0))
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["heads", "time", "keys", "offset", "prefix", "window", "sinks", "chunk"]
-)
-def _lifetime_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def parts_of_queries(before_ptr, part_rows, chunk, time, keys, CAPPED: tl.constexpr):
+    """Into what parts the queries of a (b, h)'s retained keys are cut, each with a partial gradient of every key.
+
+    Args:
+        before_ptr: `[S + 1]` of this (b, h).
+
+    Returns:
+        query rows of one part, and the distance of the parts of one key in rows of partial gradients.
+    """
+    if CAPPED:
+        return chunk, 1
+    else:
+        # As many parts as there is room for: few keys are split finely, many are parallel enough by themselves.
+        number = tl.load(before_ptr + keys)
+        chunks = tl.cdiv(time, chunk)
+        splits = tl.minimum(tl.maximum(part_rows // tl.maximum(number, 1), 1), chunks)
+        return (chunks + splits - 1) // splits * chunk, number
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def first_part_row(before_ptr, part_row_ptr, column, mask, enter, span, stride, CAPPED: tl.constexpr):
+    """The row of each key's first partial gradient; before_ptr and part_row_ptr of this (b, h)."""
+    if CAPPED:
+        return tl.load(part_row_ptr + column, mask=mask, other=0)
+    else:
+        return enter // span * stride + tl.load(before_ptr + column, mask=mask, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _ranking(
+    score_ptr,
+    column,
+    exists,
+    start,
+    row,
+    head,
+    stride_b,
+    stride_s,
+    stride_h,
+    prefix,
+    sinks,
+    HAS_SCORE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """What keys compete by: higher first; −1 for keys that are not kept."""
+    # A positive float orders like its bits; a sink ranks above infinity.
+    ranking = tl.full([SCAN], -1, tl.int32)
+    if HAS_SCORE:
+        at = score_ptr + row * stride_b + head * stride_h + column.to(tl.int64) * stride_s
+        score = tl.load(at, mask=exists, other=-1.0).to(tl.float32)
+        ranking = tl.where(score > 0, score.to(tl.int32, bitcast=True), -1)
+    ranking = tl.where((column >= prefix) & (column - start < sinks), 0x7FFFFFFF, ranking)
+    return tl.where(exists & (start <= column), ranking, -1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _lifetimes(
     score_ptr,  # [B, S, H] of any strides
     start_ptr,  # [B, S]
     end_ptr,  # [B, S]
     ranking_ptr,  # [B, H, S]
     evicted_ptr,  # [B, H, S]
-    exit_ptr,  # [B, H, S]
-    totals_ptr,  # [B, H, 2, scans]
+    column,
+    exists,
+    row_head,
+    stride_b,
+    stride_s,
+    stride_h,
+    heads,
+    time,
+    keys,
+    offset,
+    prefix,
+    window,
+    sinks,
+    CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """The rows that retain each key, `[enter, leave)`, and whether there are any."""
+    row = row_head // heads
+    leave = tl.zeros([SCAN], tl.int32) + time
+    if PADDED:
+        leave = tl.load(end_ptr + row * keys + column, mask=exists, other=0)
+    if CAPPED:
+        kept = tl.load(ranking_ptr + row_head * keys + column, mask=exists, other=-1) >= 0
+        evicted = tl.load(evicted_ptr + row_head * keys + column, mask=exists & kept, other=0)
+        # The key that evicts it counts from the row whose window that key has left.
+        reached = tl.where(evicted < prefix, 0, evicted - offset + window)
+        leave = tl.where(evicted == NEVER, leave, tl.minimum(leave, reached))
+    else:
+        start = tl.zeros([SCAN], tl.int32)
+        if PADDED:
+            start = tl.load(start_ptr + row * keys + column, mask=exists, other=0)
+        head = row_head % heads
+        ranking = _ranking(
+            score_ptr, column, exists, start, row, head, stride_b, stride_s, stride_h, prefix, sinks, HAS_SCORE, SCAN
+        )
+        kept = ranking >= 0
+    enter = enter_row(column, offset, prefix, window)
+    leave = tl.where(kept, leave, 0)
+    return enter, leave, exists & (leave > enter)
+
+
+INTEGERS = ["heads", "time", "keys", "offset", "prefix", "window", "sinks", "chunk"]
+
+
+@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
+def _ranking_kernel(
+    score_ptr,  # [B, S, H] of any strides
+    start_ptr,  # [B, S]
+    end_ptr,
+    ranking_ptr,  # [B, H, S], written
+    evicted_ptr,
+    exit_ptr,
+    totals_ptr,
     stride_b,
     stride_s,
     stride_h,
@@ -206,115 +289,174 @@ def _lifetime_kernel(
     window,
     sinks,
     chunk,
-    RANKING_ONLY: tl.constexpr,
-    CAPPED: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     row_head = tl.program_id(1).to(tl.int64)
     row = row_head // heads
-    head = row_head % heads
-    scan = tl.program_id(0)
-    column = scan * SCAN + tl.arange(0, SCAN)
+    column = tl.program_id(0) * SCAN + tl.arange(0, SCAN)
     exists = column < keys
     start = tl.zeros([SCAN], tl.int32)
-    end = tl.zeros([SCAN], tl.int32) + time
     if PADDED:
         start = tl.load(start_ptr + row * keys + column, mask=exists, other=0)
-        end = tl.load(end_ptr + row * keys + column, mask=exists, other=0)
-
-    if CAPPED and not RANKING_ONLY:
-        kept = tl.load(ranking_ptr + row_head * keys + column, mask=exists, other=-1) >= 0
-    else:
-        # A positive float orders like its bits; a sink ranks above infinity.
-        ranking = tl.full([SCAN], -1, tl.int32)
-        if HAS_SCORE:
-            at = score_ptr + row * stride_b + head * stride_h + column.to(tl.int64) * stride_s
-            score = tl.load(at, mask=exists, other=-1.0).to(tl.float32)
-            ranking = tl.where(score > 0, score.to(tl.int32, bitcast=True), -1)
-        ranking = tl.where((column >= prefix) & (column - start < sinks), 0x7FFFFFFF, ranking)
-        ranking = tl.where(exists & (start <= column), ranking, -1)
-        kept = ranking >= 0
-        if RANKING_ONLY:
-            tl.store(ranking_ptr + row_head * keys + column, ranking, mask=exists)
-
-    if not RANKING_ONLY:
-        enter = enter_row(column, offset, prefix, window)
-        leave = end
-        if CAPPED:
-            evicted = tl.load(evicted_ptr + row_head * keys + column, mask=exists & kept, other=0)
-            # The key that evicts it counts from the row whose window that key has left.
-            reached = tl.where(evicted < prefix, 0, evicted - offset + window)
-            leave = tl.where(evicted == NEVER, end, tl.minimum(end, reached))
-        leave = tl.where(kept, leave, 0)
-        admitted = exists & (leave > enter)
-        tl.store(exit_ptr + row_head * keys + column, leave, mask=exists)
-        scans = tl.num_programs(0)
-        totals_ptr += row_head * 2 * scans + scan
-        tl.store(totals_ptr, tl.sum(admitted.to(tl.int32), 0))
-        parts = tl.where(admitted, (leave - 1) // chunk - enter // chunk + 1, 0)
-        tl.store(totals_ptr + scans, tl.sum(parts, 0))
+    head = row_head % heads
+    ranking = _ranking(
+        score_ptr, column, exists, start, row, head, stride_b, stride_s, stride_h, prefix, sinks, HAS_SCORE, SCAN
+    )
+    tl.store(ranking_ptr + row_head * keys + column, ranking, mask=exists)
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["keys", "offset", "prefix", "window", "chunk", "chunks", "part_rows"]
-)
-def _list_kernel(
-    exit_ptr,  # [B·H, S]
-    totals_ptr,  # [B·H, 2, scans]
-    columns_ptr,  # [B·H, S]
-    before_ptr,  # [B·H, S + 1]
-    part_row_ptr,  # [B·H, S]
-    part_span_ptr,  # [B·H]
-    part_stride_ptr,  # [B·H]
+@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
+def _lifetime_kernel(
+    score_ptr,
+    start_ptr,
+    end_ptr,
+    ranking_ptr,
+    evicted_ptr,
+    exit_ptr,  # [B, H, S], written
+    totals_ptr,  # [B, H, 2, scans], written: retained keys of each program's scan, and parts of their queries
+    stride_b,
+    stride_s,
+    stride_h,
+    heads,
+    time,
     keys,
     offset,
     prefix,
     window,
+    sinks,
     chunk,
-    chunks,
-    part_rows,
     CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    row_head = tl.program_id(1).to(tl.int64)
+    scan = tl.program_id(0)
+    scans = tl.num_programs(0)
+    column = scan * SCAN + tl.arange(0, SCAN)
+    exists = column < keys
+    enter, leave, retained = _lifetimes(
+        score_ptr,
+        start_ptr,
+        end_ptr,
+        ranking_ptr,
+        evicted_ptr,
+        column,
+        exists,
+        row_head,
+        stride_b,
+        stride_s,
+        stride_h,
+        heads,
+        time,
+        keys,
+        offset,
+        prefix,
+        window,
+        sinks,
+        CAPPED,
+        PADDED,
+        HAS_SCORE,
+        SCAN,
+    )
+    tl.store(exit_ptr + row_head * keys + column, leave, mask=exists)
+    totals_ptr += row_head * 2 * scans + scan
+    tl.store(totals_ptr, tl.sum(retained.to(tl.int32), 0))
+    if CAPPED:
+        tl.store(totals_ptr + scans, tl.sum(_chunks_of(enter, leave, retained, chunk), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _chunks_of(enter, leave, retained, chunk):
+    """The number of chunks of queries in which each key is retained."""
+    return tl.where(retained, (leave - 1) // chunk - enter // chunk + 1, 0)
+
+
+@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
+def _list_kernel(
+    score_ptr,
+    start_ptr,
+    end_ptr,
+    ranking_ptr,
+    evicted_ptr,
+    exit_ptr,  # [B, H, S], written if ALONE
+    totals_ptr,  # [B, H, 2, scans], read unless ALONE
+    columns_ptr,  # [B, H, S]
+    before_ptr,  # [B, H, S + 1]
+    part_row_ptr,  # [B, H, S], written if CAPPED
+    stride_b,
+    stride_s,
+    stride_h,
+    heads,
+    time,
+    keys,
+    offset,
+    prefix,
+    window,
+    sinks,
+    chunk,
+    CAPPED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    ALONE: tl.constexpr,
     SCANS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     row_head = tl.program_id(1).to(tl.int64)
     scan = tl.program_id(0)
     scans = tl.num_programs(0)
-    others = tl.arange(0, SCANS)
-    totals_ptr += row_head * 2 * scans
-    total = tl.load(totals_ptr + others, mask=others < scans, other=0)
-    number = tl.sum(total, 0)
-    first = tl.sum(tl.where(others < scan, total, 0), 0)
-
     column = scan * SCAN + tl.arange(0, SCAN)
     exists = column < keys
-    leave = tl.load(exit_ptr + row_head * keys + column, mask=exists, other=0)
-    enter = enter_row(column, offset, prefix, window)
-    admitted = exists & (leave > enter)
-    count = admitted.to(tl.int32)
-    index = first + tl.cumsum(count, 0) - count
-    tl.store(columns_ptr + row_head * keys + index, column, mask=admitted)
-    tl.store(before_ptr + row_head * (keys + 1) + column, index, mask=exists)
-
-    if CAPPED:
-        span = chunk
-        stride = number * 0 + 1
-        total = tl.load(totals_ptr + scans + others, mask=others < scans, other=0)
-        parts = tl.where(admitted, (leave - 1) // chunk - enter // chunk + 1, 0)
-        part_row = tl.sum(tl.where(others < scan, total, 0), 0) + tl.cumsum(parts, 0) - parts
+    if ALONE:
+        enter, leave, retained = _lifetimes(
+            score_ptr,
+            start_ptr,
+            end_ptr,
+            ranking_ptr,
+            evicted_ptr,
+            column,
+            exists,
+            row_head,
+            stride_b,
+            stride_s,
+            stride_h,
+            heads,
+            time,
+            keys,
+            offset,
+            prefix,
+            window,
+            sinks,
+            CAPPED,
+            PADDED,
+            HAS_SCORE,
+            SCAN,
+        )
+        tl.store(exit_ptr + row_head * keys + column, leave, mask=exists)
+        first = 0
+        first_part = 0
     else:
-        # As many parts as there is room for: few keys are split finely, many are parallel enough by themselves.
-        splits = tl.minimum(tl.maximum(part_rows // tl.maximum(number, 1), 1), chunks)
-        span = (chunks + splits - 1) // splits * chunk
-        stride = number
-        part_row = enter // span * number + index
-    tl.store(part_row_ptr + row_head * keys + column, part_row, mask=admitted)
-    if scan == 0:
-        tl.store(before_ptr + row_head * (keys + 1) + keys, number)
-        tl.store(part_span_ptr + row_head, span)
-        tl.store(part_stride_ptr + row_head, stride)
+        leave = tl.load(exit_ptr + row_head * keys + column, mask=exists, other=0)
+        enter = enter_row(column, offset, prefix, window)
+        retained = exists & (leave > enter)
+        others = tl.arange(0, SCANS)
+        totals_ptr += row_head * 2 * scans
+        first = tl.sum(tl.load(totals_ptr + others, mask=others < scan, other=0), 0)
+        if CAPPED:
+            first_part = tl.sum(tl.load(totals_ptr + scans + others, mask=others < scan, other=0), 0)
+
+    count = retained.to(tl.int32)
+    index = first + tl.cumsum(count, 0) - count
+    tl.store(columns_ptr + row_head * keys + index, column, mask=retained)
+    tl.store(before_ptr + row_head * (keys + 1) + column, index, mask=exists)
+    if scan == scans - 1:
+        tl.store(before_ptr + row_head * (keys + 1) + keys, first + tl.sum(count, 0))
+    if CAPPED:
+        parts = _chunks_of(enter, leave, retained, chunk)
+        part_row = first_part + tl.cumsum(parts, 0) - parts
+        tl.store(part_row_ptr + row_head * keys + column, part_row, mask=retained)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]

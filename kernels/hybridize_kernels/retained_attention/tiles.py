@@ -50,8 +50,8 @@ class Tiles:
 
 
 _HALF = {
-    32: Tiles(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 128), Tile(64, 64, 4, 3)),
-    64: Tiles(Tile(128, 32, 4, 3, 168), Tile(64, 32, 4, 3, 128), Tile(64, 64, 4, 3)),
+    32: Tiles(Tile(64, 32, 4, 3, 96), Tile(64, 32, 4, 3, 128), Tile(32, 64, 4, 3, 168)),
+    64: Tiles(Tile(64, 32, 4, 3, 96), Tile(64, 32, 4, 3, 128), Tile(32, 64, 4, 3, 168)),
     128: Tiles(Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 2, 128), Tile(32, 64, 4, 3)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
@@ -101,6 +101,14 @@ def load_rows(pointers, mask, features, D: tl.constexpr, BLOCK_D: tl.constexpr, 
         return tl.load(at, mask=(features < D)[None, :], other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def query_block(time, BLOCK_Q: tl.constexpr):
+    """A program's block of queries and its (b, h). The last blocks, which have the most keys, start first."""
+    blocks = tl.cdiv(time, BLOCK_Q)
+    row_heads = tl.num_programs(0) // blocks
+    return blocks - 1 - tl.program_id(0) // row_heads, (tl.program_id(0) % row_heads).to(tl.int64)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
