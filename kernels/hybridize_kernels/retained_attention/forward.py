@@ -4,11 +4,14 @@ The rows of a block are (query, query head) pairs, so that all query heads of a 
 Each of the two segments runs first over the tiles that all rows see, without a mask, and then over the others.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .layout import Layout, ceil_div, power_of_two
 from .lists import RetainedLists
 from .rescale import elements_of_vote, rescale
@@ -29,21 +32,14 @@ def attend(
     blocks = ceil_div(time, tile.rows // layout.group)
     constants = flags(lists, layout, q, k, v)
     # The vote is PTX: no interpreter and no other vendor's compiler takes it.
-    vote = elements_of_vote(tile.rows * constants[2], tile.warps) if q.is_cuda and torch.version.cuda else 0
+    vote = elements_of_vote(tile.rows * constants["BLOCK_D"], tile.warps) if q.is_cuda and torch.version.cuda else 0
     with torch.cuda.device_of(q):
-        _forward_kernel[(blocks * batch * layout.heads,)](
-            q,
-            k,
-            v,
-            output,
-            log_sum_exp,
-            *list_pointers(q, lists, layout),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            scale * LOG2_E,
-            *list_sizes(lists, layout),
-            *constants,
+        launch(
+            _forward_kernel,
+            (blocks * batch * layout.heads,),
+            (q, k, v, output, log_sum_exp, *list_pointers(q, lists, layout)),
+            (*strides(q, k, v), scale * LOG2_E, *list_sizes(lists, layout)),
+            **constants,
             SUMS=1 if q.dtype == torch.float32 else 8,
             VOTE=vote,
             **tile.options(),
@@ -68,19 +64,24 @@ def list_sizes(lists: RetainedLists | None, layout: Layout) -> tuple[int, ...]:
     return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width, block)
 
 
-def flags(lists: RetainedLists | None, layout: Layout, q: Tensor, *others: Tensor) -> tuple[int | bool | str, ...]:
-    """G, D, BLOCK_D, RETAINED, CAPPED, PADDED, LONG, PRECISION: the constants that all kernels take."""
-    return (
-        layout.group,
-        layout.head_size,
-        max(16, power_of_two(layout.head_size)),
-        lists is not None,
-        lists is not None and lists.chunk_columns is not None,
-        layout.padded,
+def flags(lists: RetainedLists | None, layout: Layout, q: Tensor, *others: Tensor) -> dict[str, Any]:
+    """The constants that all kernels take."""
+    return {
+        "G": layout.group,
+        "D": layout.head_size,
+        "BLOCK_D": max(16, power_of_two(layout.head_size)),
+        "RETAINED": lists is not None,
+        "CAPPED": lists is not None and lists.chunk_columns is not None,
+        "PADDED": layout.padded,
         # Offsets inside one row of the batch pass 2**31 elements.
-        any(_span(x) >= 2**31 for x in (q, *others)),
-        "ieee" if q.dtype == torch.float32 else "tf32",
-    )
+        "LONG": any(_span(x) >= 2**31 for x in (q, *others)),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of rows, tokens and heads; features lie side by side."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
 def _span(x: Tensor) -> int:
@@ -266,7 +267,9 @@ def _forward_kernel(
         inside = column < high
         k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
         lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
-        sums, pivot, output = _attend_tile(q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE)
+        sums, pivot, output = _attend_tile(
+            q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE
+        )
 
     sums = tl.sum(sums, 1)
     blind = sums == 0

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .eviction import NEVER, eviction_columns
 from .layout import Layout, ceil_div, power_of_two
 
@@ -78,7 +79,12 @@ def retained_lists(
     ranking = evicted = totals = part_row = exits
     part_rows = 2 * keys if cap is None else keys + cap * chunks
     sizes = (heads, layout.time, keys, layout.offset, layout.prefix, layout.window, sinks, chunk)
-    flags = {"PADDED": layout.padded, "HAS_SCORE": score is not None, "SCAN": scan, "num_warps": 4 if scan == SCAN else 16}
+    flags = {
+        "PADDED": layout.padded,
+        "HAS_SCORE": score is not None,
+        "SCAN": scan,
+        "num_warps": 4 if scan == SCAN else 16,
+    }
 
     def pointers() -> tuple[Tensor, ...]:
         return (
@@ -95,18 +101,16 @@ def retained_lists(
     with torch.cuda.device_of(exits):
         if cap is not None:
             ranking, part_row = new(keys), new(keys)
-            _ranking_kernel[grid](*pointers(), *strides, *sizes, **flags)
+            launch(_ranking_kernel, grid, pointers(), (*strides, *sizes), **flags)
             evicted = eviction_columns(ranking, layout.document, cap)
         if not alone:
             totals = new(2, scans)
-            _lifetime_kernel[grid](*pointers(), *strides, *sizes, CAPPED=cap is not None, **flags)
-        _list_kernel[grid](
-            *pointers(),
-            columns,
-            before,
-            part_row,
-            *strides,
-            *sizes,
+            launch(_lifetime_kernel, grid, pointers(), (*strides, *sizes), CAPPED=cap is not None, **flags)
+        launch(
+            _list_kernel,
+            grid,
+            (*pointers(), columns, before, part_row),
+            (*strides, *sizes),
             CAPPED=cap is not None,
             ALONE=alone,
             SCANS=power_of_two(scans),
@@ -118,23 +122,11 @@ def retained_lists(
         chunk_columns, chunk_stable, chunk_size = new(chunks, width), new(chunks), new(chunks)
         blocks = ceil_div(layout.time, block)
         block_size = new(blocks)
-        _chunk_kernel[(chunks, batch * heads)](
-            exits,
-            columns,
-            before,
-            chunk_columns,
-            chunk_stable,
-            chunk_size,
-            block_size,
-            layout.time,
-            keys,
-            layout.offset,
-            layout.prefix,
-            layout.window,
-            chunk,
-            block,
-            blocks,
-            width,
+        launch(
+            _chunk_kernel,
+            (chunks, batch * heads),
+            (exits, columns, before, chunk_columns, chunk_stable, chunk_size, block_size),
+            (layout.time, keys, layout.offset, layout.prefix, layout.window, chunk, block, blocks, width),
             BLOCKS=power_of_two(chunk // block),
             SCAN=256,
             num_warps=4,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 SETTINGS_VARIABLE = "HYBRIDIZE_RETAINED_DECODE"
 """Environment variable that overrides the table below: "block_slots,num_warps,num_stages,num_programs"."""
 
@@ -102,29 +104,25 @@ def retained_decode(
     scratch = output if splits == 1 else _scratch(keys, query_heads, splits, workspace)
     with torch.cuda.device_of(q):
         # The longest axis goes first: the others end at 65535.
-        _decode_kernel[(batch * heads, splits)](
-            q,
-            k,
-            v,
-            keys,
-            values,
-            last_position if scores is None else scores,
-            last_position if retained_positions is None else retained_positions,
-            last_position if num_retained is None else num_retained,
-            last_position if fresh_score is None else fresh_score.contiguous(),
-            positions,
-            positions.stride(0),
-            last_position,
-            output,
-            scratch,
-            scale * LOG2_E,
-            batch,
-            heads,
-            window,
-            capacity,
-            sinks,
-            margin,
-            splits,
+        launch(
+            _decode_kernel,
+            (batch * heads, splits),
+            (
+                q,
+                k,
+                v,
+                keys,
+                values,
+                last_position if scores is None else scores,
+                last_position if retained_positions is None else retained_positions,
+                last_position if num_retained is None else num_retained,
+                last_position if fresh_score is None else fresh_score.contiguous(),
+                positions,
+                last_position,
+                output,
+                scratch,
+            ),
+            (positions.stride(0), scale * LOG2_E, batch, heads, window, capacity, sinks, margin, splits),
             G=group,
             D=head_size,
             BLOCK_G=max(16, triton.next_power_of_2(group)),  # the fewest rows of a matrix product
@@ -219,10 +217,10 @@ def _decode_kernel(
     num_retained_ptr,  # [B, H]
     fresh_ptr,  # [B, H]
     positions_ptr,  # [B]
-    positions_stride,
     last_position_ptr,  # [B]
     output_ptr,  # [B, HQ, D]
     workspace_ptr,
+    positions_stride,
     scale_log2,
     batch,
     heads,

@@ -1,0 +1,62 @@
+"""Launches that are remembered do what new ones do."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from hybridize_kernels import launch as launches
+from hybridize_kernels.launch import launch
+
+
+@triton.jit(do_not_specialize=["number"])  # type: ignore[untyped-decorator]
+def _axpy_kernel(x_ptr, y_ptr, stride, number, factor, TWICE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < number
+    x = tl.load(x_ptr + at * stride, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(y_ptr + at, (2 * x if TWICE else x).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def run(x: torch.Tensor, factor: float, *, twice: bool = False, target: torch.Tensor | None = None) -> torch.Tensor:
+    y = torch.empty(len(x), dtype=x.dtype, device=x.device) if target is None else target
+    launch(_axpy_kernel, (1,), (x, y), (x.stride(0), len(x), factor), TWICE=twice, BLOCK=64)
+    assert torch.equal(y, x * factor * (1 + twice))
+    return y
+
+
+def test_every_change_of_an_argument_is_seen(device: str) -> None:
+    x = torch.arange(128, dtype=torch.float32, device=device)
+    for _ in range(2):  # new, and remembered
+        run(x[:50], 2.0)
+        run(x[:51], 2.0)
+        run(x[:50], 3.0)
+        run(x[:50], 3.0, twice=True)
+        run(x[:100:2], 2.0)
+        run(x[:50].half(), 2.0)
+        run(x[1:51], 2.0)  # not aligned
+        run(x[:50], 2.0, target=torch.empty(100, device=device)[3:53])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_is_remembered_is_bounded_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "_remembered", {})
+    monkeypatch.setattr(launches, "MOST", 3)
+    x = torch.arange(64, dtype=torch.float32, device="cuda")
+    run(x, 2.0)
+    assert len(launches._remembered) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(type(_axpy_kernel), "run", None)  # Triton's own way is closed
+        run(x, 2.0)
+    for number in range(1, 10):
+        run(x[:number], 2.0)
+        assert len(launches._remembered) <= 3
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(x, 2.0)
+    graph = torch.cuda.CUDAGraph()
+    y = torch.empty_like(x)
+    with torch.cuda.graph(graph):
+        launch(_axpy_kernel, (1,), (x, y), (1, 64, 2.0), TWICE=False, BLOCK=64)
+    x += 1
+    graph.replay()
+    assert torch.equal(y, x * 2)
