@@ -43,8 +43,9 @@ def launch(
         compiled = kernel[grid](*pointers, *numbers, **constants)
         if len(_remembered) >= MOST:
             _remembered.clear()
-        names = kernel.arg_names[len(pointers) + len(numbers) :]
-        _remembered[key] = compiled, (*numbers, *[constants[name] for name in names])
+        if compiled is not None:  # as it is where a hook of Triton's took the launch over
+            names = kernel.arg_names[len(pointers) + len(numbers) :]
+            _remembered[key] = compiled, (*numbers, *[constants[name] for name in names])
         return
     compiled, rest = remembered
     compiled[(*grid, 1, 1)[:3]](*pointers, *rest)

@@ -25,6 +25,8 @@ def run(x: torch.Tensor, factor: float, *, twice: bool = False, target: torch.Te
 
 
 def test_every_change_of_an_argument_is_seen(device: str) -> None:
+    if device == "cpu" and isinstance(_axpy_kernel, triton.runtime.JITFunction):
+        pytest.skip("kernels are compiled here, for the GPU")
     x = torch.arange(128, dtype=torch.float32, device=device)
     for _ in range(2):  # new, and remembered
         run(x[:50], 2.0)

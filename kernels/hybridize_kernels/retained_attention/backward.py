@@ -47,7 +47,7 @@ def attend_backward(
     with torch.cuda.device_of(q):
         launch(
             query_kernel,
-            (ceil_div(time, tiles.query.rows // layout.group) * batch * heads,),
+            (ceil_div(time, tiles.query.rows // layout.group), batch * heads),
             (
                 q,
                 k,

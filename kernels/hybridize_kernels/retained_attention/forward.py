@@ -15,7 +15,7 @@ from ..launch import launch
 from .layout import Layout, ceil_div, power_of_two
 from .lists import RetainedLists
 from .rescale import elements_of_vote, rescale
-from .tiles import Tile, load_keys, load_rows, query_block, retained_range, retained_rows, window_range, window_rows
+from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
 
 LOG2_E = 1.4426950408889634
 SLACK = tl.constexpr(8.0)
@@ -184,7 +184,11 @@ def _forward_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // G
-    block, row_head = query_block(time, BLOCK_Q)
+    # The last blocks, which have the most keys, start first, so that the end is not ragged.
+    blocks = tl.cdiv(time, BLOCK_Q)
+    row_heads = tl.num_programs(0) // blocks
+    block = blocks - 1 - tl.program_id(0) // row_heads
+    row_head = (tl.program_id(0) % row_heads).to(tl.int64)
     batch = row_head // heads
     head = row_head % heads
     first_row = block * BLOCK_Q

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .forward import INTEGERS
-from .tiles import load_keys, load_rows, query_block, retained_range, retained_rows, window_range, window_rows
+from .tiles import load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -78,7 +78,8 @@ def query_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // G
-    block, row_head = query_block(time, BLOCK_Q)
+    block = tl.program_id(0)
+    row_head = tl.program_id(1).to(tl.int64)
     batch = row_head // heads
     head = row_head % heads
     first_row = block * BLOCK_Q

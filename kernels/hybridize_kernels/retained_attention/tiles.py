@@ -104,14 +104,6 @@ def load_rows(pointers, mask, features, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def query_block(time, BLOCK_Q: tl.constexpr):
-    """A program's block of queries and its (b, h). The last blocks, which have the most keys, start first."""
-    blocks = tl.cdiv(time, BLOCK_Q)
-    row_heads = tl.num_programs(0) // blocks
-    return blocks - 1 - tl.program_id(0) // row_heads, (tl.program_id(0) % row_heads).to(tl.int64)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def retained_range(
     before_ptr,  # [S + 1] of this (b, h)
     chunk_stable_ptr,  # [chunks] of this (b, h)
