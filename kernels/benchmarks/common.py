@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import triton
@@ -20,16 +20,38 @@ WARMUP_MS, REPEAT_MS = 50, 200
 
 
 class Report:
-    """Prints one JSON object a line as it comes, keeps them, and at the end prints a table and writes the file."""
+    """Prints one JSON object a line as it comes, keeps them, and prints a table at the end.
 
-    def __init__(self, op: str, *, on_gpu: bool, out: Path | None) -> None:
-        self.op, self.out = op, out
+    Each section also goes to a file of its own, line by line, so that a run that is cut off leaves what it has measured
+    and a section can be measured again by itself.
+    """
+
+    def __init__(self, op: str, *, on_gpu: bool, folder: Path | None) -> None:
+        self.op, self.folder = op, folder
         self.rows: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
         name = torch.cuda.get_device_name() if on_gpu else platform.machine()
-        if out is None and on_gpu:
-            self.out = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()) / f"{op}.jsonl"
+        if folder is None and on_gpu:
+            self.folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower())
         versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
         self._emit({"device": name, "torch": torch.__version__, "triton": triton.__version__, "versions": versions})
+        self._yardsticks: list[dict[str, Any]] | None = None
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Rows inside go to `<op>-<name>.jsonl`, after those that came before all sections."""
+        if self._yardsticks is None:
+            self._yardsticks = list(self.rows)
+        if self.folder is None:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self.op}-{name}.jsonl").open("w") as self._file:
+            self._file.writelines(_line(row) for row in self._yardsticks)
+            try:
+                yield
+            finally:
+                self._file = None
 
     def add(self, impl: str, pass_: str, case: dict[str, Any], **numbers: Any) -> None:
         """One measurement; numbers are rounded to four digits."""
@@ -50,13 +72,17 @@ class Report:
 
     def finish(self) -> None:
         print(table(self.rows))
-        if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
 
     def _emit(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(_line(row), end="", flush=True)
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _rounded(value: Any) -> Any:

@@ -1,12 +1,12 @@
 """Retained attention, its decoding step and column statistics, measured beside their peers.
 
-    PYTHONPATH=kernels python kernels/benchmarks/retained_attention.py [--cases forward,decode] [--out FILE] [--tiny]
+    PYTHONPATH=kernels python kernels/benchmarks/retained_attention.py [--cases forward,decode] [--out FOLDER] [--tiny]
 
-One JSON object a line, then a table. TFLOP/s count the operations that the pattern needs at least, 4 D a visible
-(query, key, query head) forward and 10 D more backward; a dense or window-only peer is given those of its own pattern.
-`rel_error` is the largest of the output, or of any gradient, over the first tokens of one row, beside the reference in
-fp32. Ours is timed before its peers and after them (`again_ms`). `graph_ms` is the time of a CUDA graph's replay,
-without what Python and launches cost; TFLOP/s are of the shorter time.
+One JSON object a line, a file for each case, then a table. TFLOP/s count the operations that the pattern needs at least,
+4 D a visible (query, key, query head) forward and 10 D more backward; a dense or window-only peer is given those of its
+own pattern. `rel_error` is the largest of the output, or of any gradient, over the first tokens of one row, beside the
+reference in fp32. Ours is timed before its peers and after them (`again_ms`). `graph_ms` is the time of a CUDA graph's
+replay, without what Python and launches cost; TFLOP/s are of the shorter time.
 """
 
 from __future__ import annotations
@@ -166,14 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default="forward,backward,decode,memory,columns", help="which, separated by commas")
-    parser.add_argument("--out", type=Path, help="file for the rows; by default results/<gpu>/ beside this script")
+    parser.add_argument("--out", type=Path, help="folder for the rows; by default results/<gpu>/ beside this script")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles for long")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script itself; runs on a CPU")
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     if not (on_gpu or options.tiny):
         parser.error("there is no CUDA GPU: only --tiny runs without one")
-    report = Report("retained_attention", on_gpu=on_gpu and not options.tiny, out=options.out)
+    report = Report("retained_attention", on_gpu=on_gpu and not options.tiny, folder=options.out)
     yardsticks = Yardsticks(report, tiny=options.tiny)
 
     def attention(cases: list[Case], backward: bool) -> None:
@@ -192,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in runs:
             parser.error(f"--cases: {name!r} is none of {', '.join(runs)}")
     for name in options.cases.split(","):
-        runs[name]()
+        with report.section(name):
+            runs[name]()
     report.finish()
 
 

@@ -28,9 +28,17 @@ def test_counts_the_pairs_that_are_seen(pattern, capped):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_every_case_gives_rows_without_errors(capsys, tmp_path):
-    out = tmp_path / "rows.jsonl"
-    retained_attention.main(["--tiny", "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    retained_attention.main(["--tiny", "--out", str(tmp_path / "deeper")])
+    files = sorted((tmp_path / "deeper").iterdir())
+    assert [file.name for file in files] == [
+        f"retained_attention-{case}.jsonl" for case in ("backward", "columns", "decode", "forward", "memory")
+    ]
+    lines = [file.read_text().splitlines() for file in files]
+    head = lines[0][:3]
+    assert all(of[:3] == head for of in lines)
+    printed = capsys.readouterr().out
+    assert {line for line in printed.splitlines() if line.startswith("{")} == {line for of in lines for line in of}
+    rows = [json.loads(line) for line in (*head, *(line for of in lines for line in of[3:]))]
     assert rows[0].keys() == {"device", "torch", "triton", "versions"}
     assert [row for row in rows if "error" in row] == []
     passes = {row["pass"] for row in rows[1:] if row["impl"] == "ours"}
@@ -39,18 +47,25 @@ def test_every_case_gives_rows_without_errors(capsys, tmp_path):
     errors = [row["rel_error"] for row in rows if "rel_error" in row]
     assert len(errors) > 8
     assert max(errors) < 1e-5
-    printed = capsys.readouterr().out
-    assert [line for line in printed.splitlines() if line.startswith("{")] == out.read_text().splitlines()
     assert printed.splitlines()[-len(rows)].startswith("impl")
 
 
-def test_an_error_costs_one_row(capsys, tmp_path):
-    report = common.Report("op", on_gpu=False, out=tmp_path / "deeper" / "rows.jsonl")
-    with report.guarded("peer", "forward", {"T": 1}):
-        raise RuntimeError("no such shape\nwith a long story")
-    report.add("ours", "forward", {"T": 1}, ms=0.123456)
+def test_an_error_costs_one_row_and_an_interruption_none(capsys, tmp_path):
+    report = common.Report("op", on_gpu=False, folder=tmp_path)
+    file = tmp_path / "op-forward.jsonl"
+
+    def interrupted() -> None:
+        with report.section("forward"):
+            with report.guarded("peer", "forward", {"T": 1}):
+                raise RuntimeError("no such shape\nwith a long story")
+            report.add("ours", "forward", {"T": 1}, ms=0.123456)
+            assert len(file.read_text().splitlines()) == 3  # as they come
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     report.finish()
-    rows = [json.loads(line) for line in (tmp_path / "deeper" / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[1]["error"] == "RuntimeError: no such shape"
     assert rows[2]["ms"] == 0.1235
     assert "no such shape" in capsys.readouterr().out.splitlines()[-2]
