@@ -2,11 +2,11 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/retained_attention.py [--cases forward,decode] [--out FOLDER] [--tiny]
 
-One JSON object a line, a file for each case, then a table. TFLOP/s count the operations that the pattern needs at least,
-4 D a visible (query, key, query head) forward and 10 D more backward; a dense or window-only peer is given those of its
-own pattern. `rel_error` is the largest of the output, or of any gradient, over the first tokens of one row, beside the
-reference in fp32. Ours is timed before its peers and after them (`again_ms`). `graph_ms` is the time of a CUDA graph's
-replay, without what Python and launches cost; TFLOP/s are of the shorter time.
+One JSON object a line, a file for each case, then a table. TFLOP/s count the operations that the pattern needs at
+least, 4 D a visible (query, key, query head) forward and 10 D more backward; a dense or window-only peer is given those
+of its own pattern. `rel_error` is the largest of the output, or of any gradient, over the first tokens of one row,
+beside the reference in fp32. Ours is timed before its peers and after them (`again_ms`). `graph_ms` is the time of a
+CUDA graph's replay, without what Python and launches cost; TFLOP/s are of the shorter time.
 """
 
 from __future__ import annotations
