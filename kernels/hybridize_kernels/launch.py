@@ -28,11 +28,11 @@ def launch(
         constants: the constexpr parameters in any order, and options of the compiler.
     """
     addresses = 0
-    if isinstance(kernel, JITFunction) and not torch.compiler.is_compiling():
+    if torch.version.cuda and isinstance(kernel, JITFunction) and not torch.compiler.is_compiling():
         for tensor in pointers:
             addresses |= tensor.data_ptr()
     else:
-        addresses = -1  # interpreted and traced calls have no compiled code
+        addresses = -1  # interpreted and traced calls have no compiled code; for AMD's, sizes of tensors matter too
     if addresses & 15:  # Triton compiles other code for pointers that are not aligned
         kernel[grid](*pointers, *numbers, **constants)
         return
