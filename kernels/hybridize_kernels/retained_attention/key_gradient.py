@@ -5,7 +5,8 @@ import triton.language as tl
 
 from .forward import INTEGERS
 from .key_rows import all_rows
-from .lists import enter_row, first_part_row, parts_of_queries
+from .lifetimes import enter_row
+from .lists import first_part_row, parts_of_queries
 from .tiles import load_keys, retained_rows, window_rows
 
 

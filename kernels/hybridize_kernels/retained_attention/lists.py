@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .eviction import NEVER, eviction_columns
+from .eviction import eviction_columns
 from .layout import Layout, ceil_div, power_of_two
+from .lifetimes import INTEGERS, chunks_of, enter_row, lifetime_kernel, lifetimes, ranking_kernel
 
 SCAN = 1024
 ALONE = 4096
@@ -101,11 +102,11 @@ def retained_lists(
     with torch.cuda.device_of(exits):
         if cap is not None:
             ranking, part_row = new(keys), new(keys)
-            launch(_ranking_kernel, grid, pointers(), (*strides, *sizes), **flags)
+            launch(ranking_kernel, grid, pointers(), (*strides, *sizes), **flags)
             evicted = eviction_columns(ranking, layout.document, cap)
         if not alone:
             totals = new(2, scans)
-            launch(_lifetime_kernel, grid, pointers(), (*strides, *sizes), CAPPED=cap is not None, **flags)
+            launch(lifetime_kernel, grid, pointers(), (*strides, *sizes), CAPPED=cap is not None, **flags)
         launch(
             _list_kernel,
             grid,
@@ -147,12 +148,6 @@ def retained_lists(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def enter_row(column, offset, prefix, window):
-    """The first query row that has the key outside its window; keys of the prefix have left every window."""
-    return tl.where(column < prefix, 0, tl.maximum(column - offset + window, 0))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def parts_of_queries(before_ptr, part_rows, chunk, time, keys, CAPPED: tl.constexpr):
     """Into what parts the queries of a (b, h)'s retained keys are cut, each with a partial gradient of every key.
 
@@ -179,191 +174,6 @@ def first_part_row(before_ptr, part_row_ptr, column, mask, enter, span, stride, 
         return tl.load(part_row_ptr + column, mask=mask, other=0)
     else:
         return enter // span * stride + tl.load(before_ptr + column, mask=mask, other=0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _ranking(
-    score_ptr,
-    column,
-    exists,
-    start,
-    row,
-    head,
-    stride_b,
-    stride_s,
-    stride_h,
-    prefix,
-    sinks,
-    HAS_SCORE: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """What keys compete by: higher first; −1 for keys that are not kept."""
-    # A positive float orders like its bits; a sink ranks above infinity.
-    ranking = tl.full([SCAN], -1, tl.int32)
-    if HAS_SCORE:
-        at = score_ptr + row * stride_b + head * stride_h + column.to(tl.int64) * stride_s
-        score = tl.load(at, mask=exists, other=-1.0).to(tl.float32)
-        ranking = tl.where(score > 0, score.to(tl.int32, bitcast=True), -1)
-    ranking = tl.where((column >= prefix) & (column - start < sinks), 0x7FFFFFFF, ranking)
-    return tl.where(exists & (start <= column), ranking, -1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _lifetimes(
-    score_ptr,  # [B, S, H] of any strides
-    start_ptr,  # [B, S]
-    end_ptr,  # [B, S]
-    ranking_ptr,  # [B, H, S]
-    evicted_ptr,  # [B, H, S]
-    column,
-    exists,
-    row_head,
-    stride_b,
-    stride_s,
-    stride_h,
-    heads,
-    time,
-    keys,
-    offset,
-    prefix,
-    window,
-    sinks,
-    CAPPED: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_SCORE: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """The rows that retain each key, `[enter, leave)`, and whether there are any."""
-    row = row_head // heads
-    leave = tl.zeros([SCAN], tl.int32) + time
-    if PADDED:
-        leave = tl.load(end_ptr + row * keys + column, mask=exists, other=0)
-    if CAPPED:
-        kept = tl.load(ranking_ptr + row_head * keys + column, mask=exists, other=-1) >= 0
-        evicted = tl.load(evicted_ptr + row_head * keys + column, mask=exists & kept, other=0)
-        # The key that evicts it counts from the row whose window that key has left.
-        reached = tl.where(evicted < prefix, 0, evicted - offset + window)
-        leave = tl.where(evicted == NEVER, leave, tl.minimum(leave, reached))
-    else:
-        start = tl.zeros([SCAN], tl.int32)
-        if PADDED:
-            start = tl.load(start_ptr + row * keys + column, mask=exists, other=0)
-        head = row_head % heads
-        ranking = _ranking(
-            score_ptr, column, exists, start, row, head, stride_b, stride_s, stride_h, prefix, sinks, HAS_SCORE, SCAN
-        )
-        kept = ranking >= 0
-    enter = enter_row(column, offset, prefix, window)
-    leave = tl.where(kept, leave, 0)
-    return enter, leave, exists & (leave > enter)
-
-
-INTEGERS = ["heads", "time", "keys", "offset", "prefix", "window", "sinks", "chunk"]
-
-
-@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
-def _ranking_kernel(
-    score_ptr,  # [B, S, H] of any strides
-    start_ptr,  # [B, S]
-    end_ptr,
-    ranking_ptr,  # [B, H, S], written
-    evicted_ptr,
-    exit_ptr,
-    totals_ptr,
-    stride_b,
-    stride_s,
-    stride_h,
-    heads,
-    time,
-    keys,
-    offset,
-    prefix,
-    window,
-    sinks,
-    chunk,
-    PADDED: tl.constexpr,
-    HAS_SCORE: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    row_head = tl.program_id(1).to(tl.int64)
-    row = row_head // heads
-    column = tl.program_id(0) * SCAN + tl.arange(0, SCAN)
-    exists = column < keys
-    start = tl.zeros([SCAN], tl.int32)
-    if PADDED:
-        start = tl.load(start_ptr + row * keys + column, mask=exists, other=0)
-    head = row_head % heads
-    ranking = _ranking(
-        score_ptr, column, exists, start, row, head, stride_b, stride_s, stride_h, prefix, sinks, HAS_SCORE, SCAN
-    )
-    tl.store(ranking_ptr + row_head * keys + column, ranking, mask=exists)
-
-
-@triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
-def _lifetime_kernel(
-    score_ptr,
-    start_ptr,
-    end_ptr,
-    ranking_ptr,
-    evicted_ptr,
-    exit_ptr,  # [B, H, S], written
-    totals_ptr,  # [B, H, 2, scans], written: retained keys of each program's scan, and parts of their queries
-    stride_b,
-    stride_s,
-    stride_h,
-    heads,
-    time,
-    keys,
-    offset,
-    prefix,
-    window,
-    sinks,
-    chunk,
-    CAPPED: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_SCORE: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    row_head = tl.program_id(1).to(tl.int64)
-    scan = tl.program_id(0)
-    scans = tl.num_programs(0)
-    column = scan * SCAN + tl.arange(0, SCAN)
-    exists = column < keys
-    enter, leave, retained = _lifetimes(
-        score_ptr,
-        start_ptr,
-        end_ptr,
-        ranking_ptr,
-        evicted_ptr,
-        column,
-        exists,
-        row_head,
-        stride_b,
-        stride_s,
-        stride_h,
-        heads,
-        time,
-        keys,
-        offset,
-        prefix,
-        window,
-        sinks,
-        CAPPED,
-        PADDED,
-        HAS_SCORE,
-        SCAN,
-    )
-    tl.store(exit_ptr + row_head * keys + column, leave, mask=exists)
-    totals_ptr += row_head * 2 * scans + scan
-    tl.store(totals_ptr, tl.sum(retained.to(tl.int32), 0))
-    if CAPPED:
-        tl.store(totals_ptr + scans, tl.sum(_chunks_of(enter, leave, retained, chunk), 0))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _chunks_of(enter, leave, retained, chunk):
-    """The number of chunks of queries in which each key is retained."""
-    return tl.where(retained, (leave - 1) // chunk - enter // chunk + 1, 0)
 
 
 @triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
@@ -402,7 +212,7 @@ def _list_kernel(
     column = scan * SCAN + tl.arange(0, SCAN)
     exists = column < keys
     if ALONE:
-        enter, leave, retained = _lifetimes(
+        enter, leave, retained = lifetimes(
             score_ptr,
             start_ptr,
             end_ptr,
@@ -446,7 +256,7 @@ def _list_kernel(
     if scan == scans - 1:
         tl.store(before_ptr + row_head * (keys + 1) + keys, first + tl.sum(count, 0))
     if CAPPED:
-        parts = _chunks_of(enter, leave, retained, chunk)
+        parts = chunks_of(enter, leave, retained, chunk)
         part_row = first_part + tl.cumsum(parts, 0) - parts
         tl.store(part_row_ptr + row_head * keys + column, part_row, mask=retained)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .layout import power_of_two
-from .lists import enter_row
+from .lifetimes import enter_row
 
 VARIABLE = "HYBRIDIZE_RETAINED_ATTENTION_TILES"
 """Overrides the table: `forward=128,64,8,2;query=...;key=...`, in the order of `Tile`'s fields."""
