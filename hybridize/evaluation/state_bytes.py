@@ -91,7 +91,8 @@ def _measure(model: Any, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(geometry.vocab_size, (1, PREFILL_TOKENS), generator=generator).to(model.device)
     with torch.inference_mode():
-        cache = model.model(input_ids=tokens, use_cache=True).past_key_values
+        outputs = model.model(input_ids=tokens, use_cache=True)
+    cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]  # before transformers 5.24
     promised = sum(bytes_by_layer(configs, geometry, PREFILL_TOKENS, element_bytes))
     measured = sum(layer_bytes(layer) for layer in cache.layers)
     row = _Measured(PREFILL_TOKENS, element_bytes, promised, measured, promised == measured)

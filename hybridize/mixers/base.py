@@ -261,8 +261,9 @@ class Mixer(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         token_positions: Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The signature of transformers' attention modules; `attention_mask` is unused (see `token_positions`).
@@ -270,9 +271,10 @@ class Mixer(nn.Module):
         Args:
             hidden_states: [B, T, hidden_size].
             position_embeddings: (cos, sin), each [B or 1, T, R].
-            past_key_values: a transformers cache, or None in training.
+            cache: a transformers cache, or None in training. past_key_values: its name before transformers 5.24.
             token_positions: [B, T] as in `mix`; None means that nothing is padding.
         """
+        cache = past_key_values if cache is None else cache
         batch, num_tokens, _ = hidden_states.shape
         head_size = self.geometry.head_size
         q = self.q_proj(hidden_states).view(batch, num_tokens, -1, head_size)
@@ -280,7 +282,7 @@ class Mixer(nn.Module):
         v = self.v_proj(hidden_states).view(batch, num_tokens, -1, head_size)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        state = None if past_key_values is None else self.claim_state(past_key_values, batch, k)
+        state = None if cache is None else self.claim_state(cache, batch, k)
         self.padded = token_positions is not None
         if token_positions is None:
             first = 0 if state is None else state.seen_tokens

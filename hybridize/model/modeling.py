@@ -10,6 +10,7 @@ An exported folder carries a flattened copy of this file, so it imports nothing 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -96,38 +97,39 @@ def token_positions(attention_mask: Tensor | None, num_tokens: int, seen_tokens:
 class HybridModelMixin:
     """What the inner model (`model.model`) of a hybrid adds to its base."""
 
+    cache_argument: str
+    """What the base's forward calls its cache: `cache`, or `past_key_values` before transformers 5.24."""
+
     def forward(  # type: ignore[no-untyped-def]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ):
+        cache = past_key_values if cache is None else cache
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            if (
-                attention_mask is None
-                and seen
-                and any(getattr(s, "seen_padding", False) for s in past_key_values.layers)
-            ):
+            seen = 0 if cache is None else cache.get_seq_length()
+            if attention_mask is None and seen and any(getattr(s, "seen_padding", False) for s in cache.layers):
                 raise UsageError(
                     "the cache holds padding, and no attention mask says where.",
                     hint="Pass the mask of all tokens so far with every call, as generate does.",
                 )
             kwargs["token_positions"] = token_positions(attention_mask, tokens.shape[1], seen)
-        if use_cache is None and past_key_values is None and self.training:  # type: ignore[attr-defined]
+        if use_cache is None and cache is None and self.training:  # type: ignore[attr-defined]
             use_cache = False  # a decoding state carries no gradient
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{self.cache_argument: cache},
             **kwargs,
         )
 
@@ -223,6 +225,7 @@ def hybrid_classes(adapter: FamilyAdapter, module: str = __name__) -> HybridClas
     if adapter.model_type in _CLASSES:
         return _CLASSES[adapter.model_type]
     base_config, base_model, base_causal_lm = adapter.base_classes()
+    takes = signature(base_model.forward).parameters  # type: ignore[attr-defined]
     prefix = adapter.hybrid_prefix
     config = type(
         f"{prefix}Config",
@@ -238,7 +241,12 @@ def hybrid_classes(adapter: FamilyAdapter, module: str = __name__) -> HybridClas
     model = type(
         f"{prefix}Model",
         (HybridModelMixin, base_model),
-        {"__module__": module, "config_class": config, "__annotations__": {"config": config}},
+        {
+            "__module__": module,
+            "config_class": config,
+            "__annotations__": {"config": config},
+            "cache_argument": "cache" if "cache" in takes else "past_key_values",
+        },
     )
     causal_lm = type(
         f"{prefix}ForCausalLM",
