@@ -4,16 +4,18 @@ The choice is made once a call, here and nowhere else, from device, dtype, gradi
 shapes. `use_implementation` overrides it, which is how tests compare the forms.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 Implementation = Literal["reference", "eager", "triton"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "eager", "triton")
+
+Result = TypeVar("Result")
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = find_spec("triton") is not None
@@ -61,6 +63,11 @@ def choose(
     if has_kernel and covered and _HAS_TRITON and on_gpu:
         return "triton"
     return "eager"
+
+
+def untraced(run: Callable[..., Result]) -> Callable[..., Result]:
+    """`run` as it is, or while torch.compile traces, in a form that it calls and does not look into."""
+    return torch.compiler.disable(run) if torch.compiler.is_compiling() else run
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

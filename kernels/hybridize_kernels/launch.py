@@ -1,51 +1,101 @@
-"""Launch a Triton kernel with the same numbers again without looking its compiled code up anew.
+"""Launch a Triton kernel again without the questions of the first time.
 
-Triton inspects every argument of every launch, which takes longer than many of our kernels run. Here the numbers of a
-launch are one key; only the pointers are looked at.
+Triton looks at every argument of every launch, and its launcher asks the driver about every pointer; both take longer
+than many of our kernels run. Where numbers, constants and dtypes are known to be the same, here only the alignment of
+the pointers is looked at.
 """
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 MOST = 4096
-"""Launches remembered; texts of ever new lengths make ever new ones."""
+"""Launches remembered by `launch`; texts of ever new lengths make ever new ones."""
 
-_remembered: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_remembered: dict[tuple[Any, ...], Launch] = {}
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], pointers: tuple[Tensor, ...], numbers: tuple[int | float, ...], **constants: Any
-) -> None:
-    """`kernel[grid](*pointers, *numbers, **constants)`, on the current device and stream.
+class Launch:
+    """A kernel with its grid, numbers and constants, ready for pointers.
 
     Args:
         kernel: its parameters are pointers, then numbers, then constants.
         constants: the constexpr parameters in any order, and options of the compiler.
     """
-    addresses = 0
-    if torch.version.cuda and isinstance(kernel, JITFunction) and not torch.compiler.is_compiling():
-        for tensor in pointers:
-            addresses |= tensor.data_ptr()
-    else:
-        addresses = -1  # interpreted and traced calls have no compiled code; for AMD's, sizes of tensors matter too
-    if addresses & 15:  # Triton compiles other code for pointers that are not aligned
+
+    __slots__ = ("_arguments", "_compiled", "_constants", "_grid", "_kernel", "_numbers")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], constants: dict[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+        self._compiled: Any = None
+        self._arguments: tuple[Any, ...] = ()
+
+    def __call__(self, *pointers: Tensor) -> None:
+        """Runs on the pointers' device and its current stream; their device and dtypes are the same every time."""
+        if not remembers(self._kernel):
+            self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
+            return
+        device = pointers[0].get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(*pointers)
+            return
+        addresses = [tensor.data_ptr() for tensor in pointers]
+        # Triton compiles other code for pointers that are not aligned.
+        aligned = not reduce(or_, addresses) & 15
+        compiled = self._compiled
+        if not aligned or compiled is None or _hooked():
+            compiled = self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
+            if aligned and compiled is not None:  # None where a hook of Triton's took the launch over
+                names = self._kernel.arg_names[len(pointers) + len(self._numbers) :]
+                self._arguments = (*self._numbers, *[self._constants[name] for name in names])
+                self._compiled = compiled
+            return
+        compiled.run(
+            *(*self._grid, 1, 1)[:3],
+            triton.runtime.driver.active.get_current_stream(device),
+            compiled.function,
+            compiled.packed_metadata,
+            None,  # what hooks would be told, and the hooks
+            None,
+            None,
+            *addresses,
+            *self._arguments,
+        )
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], pointers: tuple[Tensor, ...], numbers: tuple[int | float, ...], **constants: Any
+) -> None:
+    """`kernel[grid](*pointers, *numbers, **constants)`, remembered by all that is not an address."""
+    if not remembers(kernel):
         kernel[grid](*pointers, *numbers, **constants)
         return
     dtypes = [tensor.dtype for tensor in pointers]
-    key = (kernel.fn, pointers[0].get_device(), *dtypes, numbers, *constants, *constants.values())
-    remembered = _remembered.get(key)
-    if remembered is None:
-        compiled = kernel[grid](*pointers, *numbers, **constants)
+    key = (kernel.fn, pointers[0].get_device(), *dtypes, grid, numbers, *constants, *constants.values())
+    ready = _remembered.get(key)
+    if ready is None:
         if len(_remembered) >= MOST:
             _remembered.clear()
-        if compiled is not None:  # as it is where a hook of Triton's took the launch over
-            names = kernel.arg_names[len(pointers) + len(numbers) :]
-            _remembered[key] = compiled, (*numbers, *[constants[name] for name in names])
-        return
-    compiled, rest = remembered
-    compiled[(*grid, 1, 1)[:3]](*pointers, *rest)
+        ready = _remembered[key] = Launch(kernel, grid, numbers, constants)
+    ready(*pointers)
+
+
+def remembers(kernel: Any) -> bool:
+    """Interpreted and traced kernels have no compiled code; for AMD's compiler, sizes of tensors matter too."""
+    return bool(torch.version.cuda) and isinstance(kernel, JITFunction) and not torch.compiler.is_compiling()
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, wants to be told of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 
 import pytest
@@ -14,6 +15,7 @@ from hybridize_kernels import eviction_position, retained_attention, use_impleme
 from tests.kernels.tolerances import GRADIENT, OUTPUT, assert_close, outputs_and_gradients
 
 PACKAGE = "hybridize_kernels.retained_attention"
+plan = import_module(f"{PACKAGE}.plan")
 attention = import_module(f"{PACKAGE}.attention")
 eviction = import_module(f"{PACKAGE}.eviction")
 lists = import_module(f"{PACKAGE}.lists")
@@ -28,11 +30,12 @@ SMALL_TILES = "forward=32,16,4,1;query=16,16,4,1;key=16,16,4,1"
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, chunks and scans so short that a few dozen tokens fill many of them."""
     monkeypatch.setenv(tiles.VARIABLE, SMALL_TILES)
-    monkeypatch.setattr(attention, "CHUNK", 16)
+    monkeypatch.setattr(plan, "CHUNK", 16)
     monkeypatch.setattr(lists, "SCAN", 32)
     monkeypatch.setattr(lists, "ALONE", 64)
-    for name, value in (("LENGTH", 8), ("SCAN", 16), ("CANDIDATES", 4)):
+    for name, value in (("LENGTH", 16), ("SCAN", 16), ("CANDIDATES", 16)):
         monkeypatch.setattr(eviction, name, value)
+    monkeypatch.setattr(attention, "plan_of", lru_cache(plan.Plan))  # no plan of other chunks and scans
 
 
 @pytest.fixture
@@ -218,19 +221,14 @@ def test_keys_in_any_order_have_no_kernel() -> None:
         retained_attention(*inputs, **options)
 
 
-def plain_layout(time: int, heads: int, window: int) -> object:
-    return layout.Layout(
-        batch=2,
-        time=time,
-        keys=time,
-        heads=heads,
-        group=1,
-        head_size=16,
-        window=window,
-        offset=0,
-        prefix=0,
-        device=torch.device(DEVICE),
-    )
+def plain_lists(
+    score: Tensor, *, window: int, sinks: int, budget: int | None, block: int, chunk: int
+) -> tuple[object, object]:
+    """The plan and the lists of a call without padding; score: [B, T, H]."""
+    batch, time, heads = score.shape
+    geometry = layout.Geometry(batch, time, time, heads, 1, 16, min(window, time), 0, 0)
+    made = lists.ListPlan(geometry, score.stride(), sinks=sinks, budget=budget, block=block, chunk=chunk)
+    return made, lists.retained_lists(made, score, layout.Vectors(), score.device)
 
 
 @settings(max_examples=25)
@@ -250,9 +248,7 @@ def test_lists_hold_each_retained_key_once_property(
     block, chunk = 4, 16
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        made = lists.retained_lists(
-            score, plain_layout(time, 3, window), sinks=sinks, budget=budget, block=block, chunk=chunk
-        )
+        _, made = plain_lists(score, window=window, sinks=sinks, budget=budget, block=block, chunk=chunk)
     rows = torch.arange(time, device=DEVICE)
     positions = rows.expand(2, -1)
     seen = reference.visible_keys(
@@ -305,9 +301,8 @@ def test_memory_of_the_lists_is_linear_in_the_tokens() -> None:
     sizes = []
     for time in (64, 128, 256):
         score = torch.randn(2, time, 1, device=DEVICE)
-        made = lists.retained_lists(score, plain_layout(time, 1, 8), sinks=0, budget=8, block=16, chunk=16)
-        tensors = [x for x in vars(made).values() if isinstance(x, Tensor)]
-        sizes.append(sum(x.numel() for x in tensors) + 2 * 1 * made.part_rows)
+        planned, made = plain_lists(score, window=8, sinks=0, budget=8, block=16, chunk=16)
+        sizes.append(sum(x.numel() for x in made if isinstance(x, Tensor)) + 2 * 1 * planned.part_rows)
     assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import check_shape, choose
+from ..dispatch import check_shape, choose, untraced
 from .eager import attention_log_sum_exp as _eager_log_sum_exp
 from .eager import column_statistics as _eager
 from .reference import attention_log_sum_exp as _reference_log_sum_exp
@@ -54,7 +54,9 @@ def column_statistics(
         check_shape(op, "log_sum_exp", log_sum_exp, tuple(q.shape[:3]))
     form = choose(op, q, k, has_kernel=True, kernel_fits=q.shape[-1] <= MAX_HEAD_SIZE and q.dtype == k.dtype)
     if form == "triton":
-        from .kernel import column_statistics as run
+        from .kernel import column_statistics as kernel
+
+        run = untraced(kernel)
     else:
         run = _reference if form == "reference" else _eager
     return run(
@@ -92,7 +94,9 @@ def attention_log_sum_exp(
     _check(op, q, k, positions, cu_seqlens)
     form = choose(op, q, k, has_kernel=True, kernel_fits=q.shape[-1] <= MAX_HEAD_SIZE and q.dtype == k.dtype)
     if form == "triton":
-        from .kernel import attention_log_sum_exp as run
+        from .kernel import attention_log_sum_exp as kernel
+
+        run = untraced(kernel)
     else:
         run = _reference_log_sum_exp if form == "reference" else _eager_log_sum_exp
     return run(q, k, positions=positions, cu_seqlens=cu_seqlens, scale=scale)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..dispatch import check_shape, choose
+from ..dispatch import check_shape, choose, untraced
 from .eager import gated_delta_rule as _eager
 from .reference import gated_delta_rule as _reference
 
@@ -49,7 +49,9 @@ def gated_delta_rule(
     fits = q.shape[1] <= MAX_DECODE_TOKENS and max(q.shape[-1], v.shape[-1]) <= MAX_DECODE_HEAD_SIZE
     form = choose("gated_delta_rule", q, k, v, log_decay, beta, initial_state, has_kernel=True, kernel_fits=fits)
     if form == "triton":
-        from .decode import gated_delta_rule as run
+        from .decode import gated_delta_rule as kernel
+
+        run = untraced(kernel)
     else:
         run = _reference if form == "reference" else _eager
     return run(

@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dispatch import Implementation, check_shape, choose
+from ..dispatch import Implementation, check_shape, choose, untraced
 from .eager import eviction_position as _eager_eviction_position
 from .eager import retained_attention as _eager
 from .reference import eviction_position as _reference_eviction_position
@@ -182,7 +182,7 @@ def _choose(
 def _triton(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     from .attention import retained_attention as run  # needs Triton
 
-    return run(*args, **options)
+    return untraced(run)(*args, **options)
 
 
 def eviction_position(score: Tensor, key_positions: Tensor, *, sinks: int, budget: int | None, window: int) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from .backward import attend_backward
 from .forward import attend
-from .layout import Layout, document_vectors, padding_vectors
-from .lists import RetainedLists, retained_lists
-from .tiles import Tiles, tiles_for
-
-CHUNK = 512
-LONG_CHUNK = 1024
-LONG = 8192
-"""Query rows that share a list of retained keys under a cap: a shorter chunk has fewer entries that only some of its
-queries see, a longer one fewer partial gradients. From LONG tokens on few entries change in a chunk."""
+from .layout import Geometry, Vectors, document_vectors, padding_vectors
+from .lists import retained_lists
+from .plan import Plan, PlanKey, plan_of, tiles_override
 
 
 def retained_attention(
@@ -45,33 +38,28 @@ def retained_attention(
         order = (key_positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
         query_positions = key_positions = key_positions.gather(1, order)
     prefix = ordered_from or 0
-    score = None if retention_score is None else retention_score.detach()
-    if order is not None and score is not None:
-        score = _take(score, order)
-    if ordered_from is not None and key_positions is not None and (sinks or (prefix and score is not None)):
-        # Neither a slot's emptiness nor a sink can be told from its column.
-        score, sinks = _score_of_prefix(score, key_positions, sinks, k.shape[2]), 0
-    layout = _layout(q, k, window, query_positions, key_positions, prefix, cu_seqlens)
-    tiles = tiles_for(layout.head_size, layout.group, q.dtype)
-    lists = None
-    some = (score is not None or sinks > 0) and budget != 0
-    if some and (prefix > 0 or layout.window < layout.keys):
-        block = tiles.forward.rows // layout.group
-        chunk = max(1, (CHUNK if layout.time <= LONG else LONG_CHUNK) // block) * block
-        lists = retained_lists(score, layout, sinks=sinks, budget=budget, block=block, chunk=chunk)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = _Call(lists, layout, scale, tiles, order)
+    vectors = Vectors()
+    if cu_seqlens is not None:
+        vectors = document_vectors(cu_seqlens, k.shape[1])
+    elif key_positions is not None and query_positions is not None:
+        vectors = padding_vectors(query_positions, key_positions, prefix)
+    slots = key_positions if ordered_from is not None else None
+    call = _Call(window, sinks, budget, None if scale is None else float(scale), prefix, vectors, order, slots)
     output, log_sum_exp = _RetainedAttention.apply(q, k, v, retention_score, call)
     return (output, log_sum_exp) if return_log_sum_exp else output
 
 
-@dataclass(frozen=True)
-class _Call:
-    lists: RetainedLists | None
-    layout: Layout
-    scale: float
-    tiles: Tiles
+class _Call(NamedTuple):
+    """What autograd does not see; slots: the positions of keys of which some come from a cache."""
+
+    window: int
+    sinks: int
+    budget: int | None
+    scale: float | None
+    prefix: int
+    vectors: Vectors
     order: Tensor | None
+    slots: Tensor | None
 
 
 class _RetainedAttention(torch.autograd.Function):
@@ -80,10 +68,17 @@ class _RetainedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        q, k, v = (_ready(x, call.order) for x in (q, k, v))
-        output, log_sum_exp = attend(q, k, v, call.lists, call.layout, call.scale, call.tiles.forward)
+        q, k, v = _ready(q, call.order), _ready(k, call.order), _ready(v, call.order)
+        ranked = score if score is None or call.order is None else _take(score, call.order)
+        sinks = call.sinks
+        if call.slots is not None and (sinks or (call.prefix and score is not None)):
+            # Neither a slot's emptiness nor a sink can be told from its column.
+            ranked, sinks = _score_of_prefix(score, call.slots, sinks, k.shape[2]), 0
+        plan = _plan(q, k, v, ranked, sinks, call)
+        lists = None if plan.lists is None else retained_lists(plan.lists, ranked, call.vectors, q.device)
+        output, log_sum_exp = attend(plan.forward, q, k, v, lists, call.vectors)
         ctx.save_for_backward(q, k, v, output, log_sum_exp, score)
-        ctx.call = call
+        ctx.call, ctx.plan, ctx.lists = call, plan, lists
         if call.order is not None:
             back = call.order.argsort(dim=1)
             output, log_sum_exp = _take(output, back), _take(log_sum_exp, back)
@@ -99,21 +94,19 @@ class _RetainedAttention(torch.autograd.Function):
         d_output = torch.zeros_like(output) if d_output is None else _ready(d_output, call.order)
         if d_log_sum_exp is not None:
             d_log_sum_exp = _ready(d_log_sum_exp, call.order).contiguous()
-        if score is not None and not ctx.needs_input_grad[3]:
-            score = None
+        if score is not None:
+            if not ctx.needs_input_grad[3]:
+                score = None
+            elif call.order is not None:
+                score = _take(score, call.order)
+        plan = ctx.plan.backward(
+            d_output.stride()[:3],
+            None if score is None else score.stride(),
+            None if score is None else score.dtype,
+            d_log_sum_exp is not None,
+        )
         gradients: tuple[Tensor | None, ...] = attend_backward(
-            q,
-            k,
-            v,
-            score if score is None or call.order is None else _take(score, call.order),
-            output,
-            log_sum_exp,
-            d_output,
-            d_log_sum_exp,
-            call.lists,
-            call.layout,
-            call.scale,
-            call.tiles,
+            plan, q, k, v, score, output, log_sum_exp, d_output, d_log_sum_exp, ctx.lists, call.vectors
         )
         if call.order is not None:
             back = call.order.argsort(dim=1)
@@ -121,33 +114,34 @@ class _RetainedAttention(torch.autograd.Function):
         return *gradients, None
 
 
-def _layout(
-    q: Tensor,
-    k: Tensor,
-    window: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    prefix: int,
-    cu_seqlens: Tensor | None,
-) -> Layout:
+def _plan(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, sinks: int, call: _Call) -> Plan:
     (batch, time, query_heads, head_size), (keys, heads) = q.shape, k.shape[1:3]
-    vectors: dict[str, Tensor] = {}
-    if cu_seqlens is not None:
-        vectors = document_vectors(cu_seqlens, keys)
-    elif key_positions is not None and query_positions is not None:
-        vectors = padding_vectors(query_positions, key_positions, prefix)
-    return Layout(
+    geometry = Geometry(
         batch=batch,
         time=time,
         keys=keys,
         heads=heads,
         group=query_heads // heads,
         head_size=head_size,
-        window=min(window, keys),
+        window=min(call.window, keys),
         offset=keys - time,
-        prefix=prefix,
-        device=q.device,
-        **vectors,
+        prefix=call.prefix,
+        padded=call.vectors.query_start is not None,
+        documents=call.vectors.document is not None,
+    )
+    return plan_of(
+        PlanKey(
+            geometry,
+            q.dtype,
+            (q.stride()[:3], k.stride()[:3], v.stride()[:3]),
+            None if score is None else score.stride(),
+            None if score is None else score.dtype,
+            sinks,
+            call.budget,
+            head_size**-0.5 if call.scale is None else call.scale,
+            q.get_device(),
+            tiles_override(),
+        )
     )
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import launch
-from .forward import flags, list_pointers, list_sizes, strides
+from ..launch import Launch
+from .forward import Strides, flags, list_pointers, sizes
 from .key_gradient import key_kernel, part_kernel
-from .layout import Layout, ceil_div
-from .lists import RetainedLists
+from .layout import Geometry, Vectors, ceil_div
+from .lists import ListPlan, RetainedLists
 from .query_gradient import query_kernel
 from .tiles import Tiles
 
@@ -22,7 +22,59 @@ PART_PROGRAMS = 16
 """Programs that share the key tiles of one part of the queries; each takes every so-manieth tile."""
 
 
+class BackwardPlan:
+    """The kernels for calls with the same geometry.
+
+    Args:
+        strides: of q, k, v and the output's gradient, with features side by side.
+        score_strides: of the scores `[B, S, H]` whose gradient is asked for, or None.
+        has_d_log_sum_exp: whether the log-sum-exp has a gradient, too.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        lists: ListPlan | None,
+        dtype: torch.dtype,
+        strides: tuple[Strides, Strides, Strides, Strides],
+        score_strides: tuple[int, ...] | None,
+        scale: float,
+        tiles: Tiles,
+        *,
+        has_d_log_sum_exp: bool,
+    ) -> None:
+        row_heads, tile = geometry.batch * geometry.heads, tiles.key
+        self.part_shape: tuple[int, ...] | None = None
+        numbers = (*[stride for x in strides for stride in x], scale, *sizes(geometry, lists))
+        constants = flags(geometry, lists, dtype, strides)
+        self.query = Launch(
+            query_kernel,
+            (ceil_div(geometry.time, tiles.query.rows // geometry.group), row_heads),
+            numbers,
+            {**constants, "HAS_D_LSE": has_d_log_sum_exp, **tiles.query.options()},
+        )
+        part_rows = 0
+        self.part = None
+        if lists is not None:
+            part_rows = lists.part_rows
+            self.part_shape = (geometry.batch, geometry.heads, part_rows, 2, geometry.head_size)
+            programs = min(ceil_div(lists.width or geometry.keys, tile.keys), PART_PROGRAMS)
+            self.part = Launch(
+                part_kernel,
+                (programs * lists.chunks, row_heads),
+                (*numbers, part_rows, programs),
+                {**constants, **tile.options()},
+            )
+        self.key = Launch(
+            key_kernel,
+            (ceil_div(geometry.keys, tile.keys), row_heads),
+            (*numbers, part_rows, *(score_strides or (0, 0, 0))),
+            {**constants, "HAS_SCORE": score_strides is not None, **tile.options()},
+        )
+
+
 def attend_backward(
+    plan: BackwardPlan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -32,94 +84,51 @@ def attend_backward(
     d_output: Tensor,
     d_log_sum_exp: Tensor | None,
     lists: RetainedLists | None,
-    layout: Layout,
-    scale: float,
-    tiles: Tiles,
+    vectors: Vectors,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, and for a score `[B, S, H]` its gradient, ⟨dv, v⟩ where it is finite."""
-    batch, time, heads, keys = layout.batch, layout.time, layout.heads, layout.keys
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    d_score = None if score is None else torch.empty(score.shape, dtype=score.dtype, device=q.device)
-    delta = torch.empty_like(log_sum_exp)
-    numbers = (*strides(q, k, v, d_output), scale, *list_sizes(lists, layout))
-    constants = flags(lists, layout, q, k, v, d_output)
-    with torch.cuda.device_of(q):
-        launch(
-            query_kernel,
-            (ceil_div(time, tiles.query.rows // layout.group), batch * heads),
-            (
-                q,
-                k,
-                v,
-                output,
-                log_sum_exp,
-                d_output,
-                log_sum_exp if d_log_sum_exp is None else d_log_sum_exp,
-                delta,
-                dq,
-                *list_pointers(q, lists, layout),
-            ),
-            numbers,
-            **constants,
-            HAS_D_LSE=d_log_sum_exp is not None,
-            **tiles.query.options(),
+    device = q.device
+    dq = torch.empty(q.shape, dtype=q.dtype, device=device)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=device) for _ in range(2))
+    d_score = None if score is None else torch.empty(score.shape, dtype=score.dtype, device=device)
+    delta = torch.empty(log_sum_exp.shape, dtype=torch.float32, device=device)
+    d_lse = log_sum_exp if d_log_sum_exp is None else d_log_sum_exp
+    plan.query(q, k, v, output, log_sum_exp, d_output, d_lse, delta, dq, *list_pointers(q, lists, vectors))
+    parts, exits, before, part_row = delta, q, q, q
+    if lists is not None and plan.part is not None and plan.part_shape is not None:
+        parts = torch.empty(plan.part_shape, dtype=torch.float32, device=device)
+        exits, before = lists.exit, lists.before
+        part_row = q if lists.part_row is None else lists.part_row
+        plan.part(
+            q,
+            k,
+            v,
+            log_sum_exp,
+            d_output,
+            delta,
+            parts,
+            q if vectors.query_start is None else vectors.query_start,
+            lists.walked,
+            exits,
+            before,
+            q if lists.chunk_size is None else lists.chunk_size,
+            part_row,
         )
-        tile = tiles.key
-        parts, part_rows = delta, 0
-        exits = before = part_row = q
-        if lists is not None:
-            part_rows = lists.part_rows
-            parts = torch.empty(batch, heads, part_rows, 2, layout.head_size, dtype=torch.float32, device=q.device)
-            exits, before = lists.exit, lists.before
-            part_row = q if lists.part_row is None else lists.part_row
-            columns = lists.columns if lists.chunk_columns is None else lists.chunk_columns
-            programs = min(ceil_div(columns.shape[-1], tile.keys), PART_PROGRAMS)
-            launch(
-                part_kernel,
-                (programs * ceil_div(time, lists.chunk), batch * heads),
-                (
-                    q,
-                    k,
-                    v,
-                    log_sum_exp,
-                    d_output,
-                    delta,
-                    parts,
-                    q if layout.query_start is None else layout.query_start,
-                    columns,
-                    exits,
-                    before,
-                    q if lists.chunk_size is None else lists.chunk_size,
-                    part_row,
-                ),
-                (*numbers, part_rows, programs),
-                **constants,
-                **tile.options(),
-            )
-        launch(
-            key_kernel,
-            (ceil_div(keys, tile.keys), batch * heads),
-            (
-                q,
-                k,
-                v,
-                log_sum_exp,
-                d_output,
-                delta,
-                parts,
-                dk,
-                dv,
-                delta if score is None else score,
-                delta if d_score is None else d_score,
-                q if layout.key_end is None else layout.key_end,
-                exits,
-                before,
-                part_row,
-            ),
-            (*numbers, part_rows, *((0, 0, 0) if score is None else score.stride())),
-            **constants,
-            HAS_SCORE=score is not None,
-            **tile.options(),
-        )
+    plan.key(
+        q,
+        k,
+        v,
+        log_sum_exp,
+        d_output,
+        delta,
+        parts,
+        dk,
+        dv,
+        delta if score is None else score,
+        delta if d_score is None else d_score,
+        q if vectors.key_end is None else vectors.key_end,
+        exits,
+        before,
+        part_row,
+    )
     return dq, dk, dv, d_score

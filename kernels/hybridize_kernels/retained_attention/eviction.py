@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .layout import ceil_div
 
 NEVER = tl.constexpr(2**31 - 1)
-LENGTH = 128
+LENGTH = 64
 SCAN = 1024
 CANDIDATES = 32
 
@@ -37,33 +38,27 @@ def eviction_columns(key: Tensor, document: Tensor | None, budget: int) -> Tenso
         # A later document outranks an earlier one, whose keys are then out of competition before its first key comes.
         ranking = torch.where(key >= 0, (document.long() << 32) + key, -1)
     ordered, order = ranking.sort(dim=-1, descending=True, stable=True)
-    num_kept = (ordered >= 0).sum(-1, dtype=torch.int32)
-    rank = torch.empty_like(key)
-    rank.scatter_(-1, order, torch.arange(keys, dtype=torch.int32, device=key.device).expand_as(key))
     chunks = ceil_div(keys, LENGTH)
-    evicted = torch.empty_like(key)
-    with torch.cuda.device_of(key):
-        _eviction_kernel[(chunks, batch * heads)](
-            order.to(torch.int32),
-            rank,
-            num_kept,
-            torch.empty(batch * heads, chunks, LENGTH, dtype=torch.int32, device=key.device),
-            evicted,
-            keys,
-            budget,
-            LENGTH=LENGTH,
-            SCAN=SCAN,
-            CANDIDATES=CANDIDATES,
-            num_warps=4,
-        )
+    scratch, evicted = key.new_empty(batch * heads, chunks, LENGTH), torch.empty_like(key)
+    launch(
+        _eviction_kernel,
+        (chunks, batch * heads),
+        (ranking, ordered, order, scratch, evicted),
+        (keys, budget),
+        LENGTH=LENGTH,
+        SCAN=SCAN,
+        CANDIDATES=CANDIDATES,
+        num_warps=4,
+        num_stages=1,
+    )
     return evicted
 
 
 @triton.jit(do_not_specialize=["keys", "budget"])  # type: ignore[untyped-decorator]
 def _eviction_kernel(
-    order_ptr,  # [B·H, S] the column of each rank
-    rank_ptr,  # [B·H, S] the rank of each column
-    num_kept_ptr,  # [B·H]
+    ranking_ptr,  # [B·H, S] by column
+    ordered_ptr,  # [B·H, S] by rank
+    order_ptr,  # [B·H, S] int64, the column of each rank
     scratch_ptr,  # [B·H, chunks, LENGTH]
     evicted_ptr,  # [B·H, S]
     keys,
@@ -74,15 +69,17 @@ def _eviction_kernel(
 ):
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * LENGTH  # rank
-    num_kept = tl.load(num_kept_ptr + row)
-    if first >= num_kept:
-        return
+    ranking_ptr += row * keys
+    ordered_ptr += row * keys
     order_ptr += row * keys
-    rank_ptr += row * keys
+    first_ranking = tl.load(ordered_ptr + first)
+    if first_ranking < 0:  # those that are not kept come last
+        return
     scratch_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * LENGTH
     time = tl.arange(0, LENGTH)
-    is_rank = first + time < num_kept
-    column = tl.load(order_ptr + first + time, mask=is_rank, other=NEVER)
+    is_rank = tl.load(ordered_ptr + first + time, mask=first + time < keys, other=-1) >= 0
+    first_column = tl.load(order_ptr + first).to(tl.int32)
+    column = tl.load(order_ptr + first + time, mask=is_rank, other=NEVER).to(tl.int32)
 
     # The budget smallest columns of better rank, numbered from 0; slot s holds number budget − LENGTH + s.
     shift = budget - LENGTH
@@ -92,7 +89,8 @@ def _eviction_kernel(
     scanned = 0
     while (scanned < keys) & (count < budget) & (count < first):
         columns = scanned + tl.arange(0, SCAN)
-        better = (tl.load(rank_ptr + columns, mask=columns < keys, other=NEVER) < first).to(tl.int32)
+        other = tl.load(ranking_ptr + columns, mask=columns < keys, other=-1)
+        better = ((other > first_ranking) | ((other == first_ranking) & (columns < first_column))).to(tl.int32)
         slot = count + tl.cumsum(better, 0) - 1 - shift
         tl.store(scratch_ptr + slot, columns, mask=(better > 0) & (slot >= 0) & (slot < LENGTH))
         count += tl.sum(better, 0)
@@ -101,17 +99,19 @@ def _eviction_kernel(
 
     # At time t (before the key of rank first + t) the C-th smallest is the largest key with fewer than C below it.
     filled = tl.full([LENGTH], -1, tl.int32)
+    earlier = (time[:, None] < time[None, :]).to(tl.float16)
     for start in range(0, LENGTH, CANDIDATES):
         slots = start + tl.arange(0, CANDIDATES)
         value = tl.load(scratch_ptr + slots)
-        below = _arrived_below(value, column) + (shift + slots)[:, None]
+        below = _arrived_below(value, column, earlier) + (shift + slots)[:, None]
         alive = (below < budget) & (value != NEVER)[:, None]
         filled = tl.maximum(filled, tl.max(tl.where(alive, value[:, None], -1), 0))
 
-        value = tl.load(order_ptr + first + slots, mask=first + slots < num_kept, other=NEVER)
+        kept = tl.load(ordered_ptr + first + slots, mask=first + slots < keys, other=-1) >= 0
+        value = tl.load(order_ptr + first + slots, mask=kept, other=NEVER).to(tl.int32)
         better = tl.load(scratch_ptr + time)
         below = tl.sum((better[None, :] < value[:, None]).to(tl.int32), 1) + shift
-        below = _arrived_below(value, column) + below[:, None]
+        below = _arrived_below(value, column, earlier) + below[:, None]
         alive = (below < budget) & (slots[:, None] < time[None, :])
         filled = tl.maximum(filled, tl.max(tl.where(alive, value[:, None], -1), 0))
     filled = tl.where(first + time < budget, NEVER, tl.maximum(filled, column))
@@ -119,7 +119,8 @@ def _eviction_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _arrived_below(value, column):
-    """How many of column[0 .. t) lie below each value: `[values, times]`."""
-    less = (column[None, :] < value[:, None]).to(tl.int32)
-    return tl.cumsum(less, 1) - less
+def _arrived_below(value, column, earlier):
+    """How many of column[0 .. t) lie below each value: `[values, times]`; earlier[s, t]: s < t."""
+    # A product of zeros and ones, exact in fp16's inputs and fp32's sums, is quicker than sums over time.
+    less = (column[None, :] < value[:, None]).to(tl.float16)
+    return tl.dot(less, earlier).to(tl.int32)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
-from .layout import Layout, ceil_div, power_of_two
-from .lists import RetainedLists
+from ..launch import Launch
+from .layout import Geometry, Vectors, ceil_div, power_of_two
+from .lists import ListPlan, RetainedLists
 from .rescale import elements_of_vote, rescale
 from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
 
@@ -21,73 +21,86 @@ LOG2_E = 1.4426950408889634
 SLACK = tl.constexpr(8.0)
 """Powers of two by which a weight may exceed 1: far inside fp16's range."""
 
+Strides = tuple[int, ...]
+"""Of rows, tokens and heads; features lie side by side."""
+
+
+def forward_launch(
+    geometry: Geometry,
+    lists: ListPlan | None,
+    dtype: torch.dtype,
+    strides: tuple[Strides, Strides, Strides],
+    scale: float,
+    tile: Tile,
+    *,
+    on_nvidia: bool,
+) -> Launch:
+    """The kernel for calls with the same geometry; strides of q, k and v, with features side by side."""
+    constants = flags(geometry, lists, dtype, strides)
+    # The vote is PTX: no interpreter and no other vendor's compiler takes it.
+    vote = elements_of_vote(tile.rows * constants["BLOCK_D"], tile.warps) if on_nvidia else 0
+    return Launch(
+        _forward_kernel,
+        (ceil_div(geometry.time, tile.rows // geometry.group) * geometry.batch * geometry.heads,),
+        (*strides[0], *strides[1], *strides[2], scale * LOG2_E, *sizes(geometry, lists)),
+        {**constants, "SUMS": 1 if dtype == torch.float32 else 8, "VOTE": vote, **tile.options()},
+    )
+
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, lists: RetainedLists | None, layout: Layout, scale: float, tile: Tile
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, lists: RetainedLists | None, vectors: Vectors
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, T, HQ, D]` and log-sum-exp `[B, T, HQ]` (fp32, natural; -inf for rows that see nothing)."""
-    batch, time, query_heads, _ = q.shape
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log_sum_exp = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
-    blocks = ceil_div(time, tile.rows // layout.group)
-    constants = flags(lists, layout, q, k, v)
-    # The vote is PTX: no interpreter and no other vendor's compiler takes it.
-    vote = elements_of_vote(tile.rows * constants["BLOCK_D"], tile.warps) if q.is_cuda and torch.version.cuda else 0
-    with torch.cuda.device_of(q):
-        launch(
-            _forward_kernel,
-            (blocks * batch * layout.heads,),
-            (q, k, v, output, log_sum_exp, *list_pointers(q, lists, layout)),
-            (*strides(q, k, v), scale * LOG2_E, *list_sizes(lists, layout)),
-            **constants,
-            SUMS=1 if q.dtype == torch.float32 else 8,
-            VOTE=vote,
-            **tile.options(),
-        )
+    log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    launch(q, k, v, output, log_sum_exp, *list_pointers(q, lists, vectors))
     return output, log_sum_exp
 
 
-def list_pointers(anything: Tensor, lists: RetainedLists | None, layout: Layout) -> tuple[Tensor, ...]:
+def list_pointers(anything: Tensor, lists: RetainedLists | None, vectors: Vectors) -> tuple[Tensor, ...]:
     """The list arguments of the kernels over query blocks; an argument that is not there is not read."""
-    start, end = layout.query_start, layout.key_end
+    start, end = vectors.query_start, vectors.key_end
     columns = exits = before = stable = size = None
     if lists is not None:
-        columns = lists.columns if lists.chunk_columns is None else lists.chunk_columns
-        exits, before, stable, size = lists.exit, lists.before, lists.chunk_stable, lists.block_size
-    return tuple(anything if x is None else x for x in (start, end, columns, exits, before, stable, size))
+        columns, exits, before = lists.walked, lists.exit, lists.before
+        stable, size = lists.chunk_stable, lists.block_size
+    return tuple([anything if x is None else x for x in (start, end, columns, exits, before, stable, size)])
 
 
-def list_sizes(lists: RetainedLists | None, layout: Layout) -> tuple[int, ...]:
+def sizes(geometry: Geometry, lists: ListPlan | None) -> tuple[int, ...]:
     """time, keys, heads, offset, prefix, window, chunk, width of its list (0: one for all), rows of a list's block."""
-    width = 0 if lists is None or lists.chunk_columns is None else lists.chunk_columns.shape[-1]
-    chunk, block = (layout.time, 1) if lists is None else (lists.chunk, lists.block)
-    return (layout.time, layout.keys, layout.heads, layout.offset, layout.prefix, layout.window, chunk, width, block)
+    chunk, width, block = (geometry.time, 0, 1) if lists is None else (lists.chunk, lists.width, lists.block)
+    _, time, keys, heads = geometry[:4]
+    return (time, keys, heads, geometry.offset, geometry.prefix, geometry.window, chunk, width, block)
 
 
-def flags(lists: RetainedLists | None, layout: Layout, q: Tensor, *others: Tensor) -> dict[str, Any]:
-    """The constants that all kernels take."""
+def flags(
+    geometry: Geometry, lists: ListPlan | None, dtype: torch.dtype, strides: tuple[Strides, ...]
+) -> dict[str, Any]:
+    """The constants that all kernels take; strides of q, k, v and what else has the form of q."""
     return {
-        "G": layout.group,
-        "D": layout.head_size,
-        "BLOCK_D": max(16, power_of_two(layout.head_size)),
+        "G": geometry.group,
+        "D": geometry.head_size,
+        "BLOCK_D": max(16, power_of_two(geometry.head_size)),
         "RETAINED": lists is not None,
-        "CAPPED": lists is not None and lists.chunk_columns is not None,
-        "PADDED": layout.padded,
+        "CAPPED": lists is not None and lists.cap is not None,
+        "PADDED": geometry.padded,
         # Offsets inside one row of the batch pass 2**31 elements.
-        "LONG": any(_span(x) >= 2**31 for x in (q, *others)),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "LONG": _span(geometry, strides) >= 2**31,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
 
-def strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Of rows, tokens and heads; features lie side by side."""
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
-
-
-def _span(x: Tensor) -> int:
-    """Elements from the first to the last of one row of `[B, T, H, D]`, as it lies in memory or packed."""
-    _, time, heads, size = x.shape
-    return max(time * heads * size, (time - 1) * x.stride(1) + (heads - 1) * x.stride(2) + size)
+def _span(geometry: Geometry, strides: tuple[Strides, ...]) -> int:
+    """Most elements from the first to the last of one row of the batch, as it lies in memory or packed."""
+    spans = []
+    for index, (_, token, head) in enumerate(strides):
+        keys = index in (1, 2)
+        tokens = geometry.keys if keys else geometry.time
+        heads = geometry.heads if keys else geometry.heads * geometry.group
+        packed = tokens * heads * geometry.head_size
+        spans.append(max(packed, (tokens - 1) * token + (heads - 1) * head + geometry.head_size))
+    return max(spans)
 
 
 INTEGERS = ["time", "keys", "heads", "offset", "prefix", "window", "chunk", "width", "list_block"]
@@ -194,23 +207,23 @@ def _forward_kernel(
     first_row = block * BLOCK_Q
     last_row = tl.minimum(first_row + BLOCK_Q, time) - 1
     lanes = tl.arange(0, BLOCK_M)
-    row = first_row + lanes // G
-    valid = (lanes < BLOCK_Q * G) & (row < time)
+    valid = (lanes < BLOCK_Q * G) & (first_row + lanes // G < time)
+    row = tl.minimum(first_row + lanes // G, last_row)
     features = tl.arange(0, BLOCK_D)
     columns = tl.arange(0, BLOCK_N)
     row_wide = row.to(tl.int64) if LONG else row
     member = (lanes % G).to(tl.int64) if LONG else lanes % G
 
     q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + member * q_stride_h
-    q = load_rows(q_rows, valid, features, D, BLOCK_D, True)
+    q = load_rows(q_rows, features, D, BLOCK_D)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     start_min = prefix
     start_max = prefix
     if PADDED:
         key_end_ptr += batch * keys
-        start = tl.load(query_start_ptr + batch * time + row, mask=valid, other=0)
-        start_min = tl.min(tl.where(valid, start, keys), 0)
+        start = tl.load(query_start_ptr + batch * time + row)
+        start_min = tl.min(start, 0)
         start_max = tl.max(start, 0)
 
     sums = tl.zeros([BLOCK_M, SUMS], tl.float32)
@@ -243,15 +256,14 @@ def _forward_kernel(
         full = begin + (full - begin) // BLOCK_N * BLOCK_N
         for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
             column = tl.load(columns_ptr + at + columns)
-            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
             sums, pivot, output = _attend_tile(
                 q, k, v, sums, pivot, output, scale, row, column, column, False, PRECISION, VOTE
             )
-        for at in tl.range(full, end, BLOCK_N, num_stages=STAGES):
-            inside = at + columns < end
-            column = tl.load(columns_ptr + at + columns, mask=inside, other=0)
-            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
-            lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
+        for at in tl.range(full, end, BLOCK_N, num_stages=1):
+            column = tl.load(columns_ptr + tl.minimum(at + columns, end - 1))
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
+            lower, upper = retained_rows(exit_ptr, column, at + columns < end, offset, prefix, window)
             sums, pivot, output = _attend_tile(
                 q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE
             )
@@ -261,7 +273,7 @@ def _forward_kernel(
     )
     for at in tl.range(full_from, full_to, num_stages=STAGES):
         column = low + at * BLOCK_N + columns
-        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
         sums, pivot, output = _attend_tile(
             q, k, v, sums, pivot, output, scale, row, column, column, False, PRECISION, VOTE
         )
@@ -269,7 +281,8 @@ def _forward_kernel(
     for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
         column = low + tl.where(at < full_from, at, at + full_to - full_from) * BLOCK_N + columns
         inside = column < high
-        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+        column = tl.minimum(column, high - 1)
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
         lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
         sums, pivot, output = _attend_tile(
             q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE

@@ -103,8 +103,8 @@ def part_kernel(
     for tile in range(begin + program % programs * BLOCK_N, end, programs * BLOCK_N):
         entry = tile + tl.arange(0, BLOCK_N)
         inside = entry < end
-        column = tl.load(columns_ptr + entry, mask=inside, other=0)
-        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+        column = tl.load(columns_ptr + tl.minimum(entry, end - 1))
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
         lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -205,6 +205,7 @@ def key_kernel(
     head = row_head % heads
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < keys
+    column = tl.minimum(column, keys - 1)
     query_heads = heads * G
     q_ptr += batch * q_stride_b + head * G * q_stride_h
     d_output_ptr += batch * do_stride_b + head * G * do_stride_h
@@ -213,7 +214,7 @@ def key_kernel(
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     features = tl.arange(0, BLOCK_D)
-    k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+    k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
     if PADDED:
         key_end_ptr += batch * keys
     # Columns of the prefix are in no window.

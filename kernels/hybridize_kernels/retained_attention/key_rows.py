@@ -40,19 +40,19 @@ def _rows_tile(
 ):
     """The queries `[first, end)`, at most BLOCK_M // G, in dk (without its factor scale) and dv of a tile of keys."""
     lanes = tl.arange(0, BLOCK_M)
-    row = first + lanes // G
-    valid = (lanes < BLOCK_M // G * G) & (row < end)
+    valid = (lanes < BLOCK_M // G * G) & (first + lanes // G < end)
+    row = tl.minimum(first + lanes // G, end - 1)
     wide = row.to(tl.int64) if LONG else row
     member = (lanes % G).to(tl.int64) if LONG else lanes % G
     features = tl.arange(0, BLOCK_D)
-    # Whole blocks of a group that fills the tile need no mask.
-    PARTIAL: tl.constexpr = MASKED or (BLOCK_M % G != 0)
-    q = load_rows(q_ptr + wide * q_stride_t + member * q_stride_h, valid, features, D, BLOCK_D, PARTIAL)
-    d_output = load_rows(d_output_ptr + wide * do_stride_t + member * do_stride_h, valid, features, D, BLOCK_D, PARTIAL)
+    q = load_rows(q_ptr + wide * q_stride_t + member * q_stride_h, features, D, BLOCK_D)
+    d_output = load_rows(d_output_ptr + wide * do_stride_t + member * do_stride_h, features, D, BLOCK_D)
     at = wide * query_heads + member
-    lse = tl.load(lse_ptr + at, mask=valid, other=-float("inf"))
+    lse = tl.load(lse_ptr + at)
+    if MASKED or BLOCK_M % G != 0:
+        lse = tl.where(valid, lse, -float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
-    delta = tl.load(delta_ptr + at, mask=valid, other=0.0)
+    delta = tl.load(delta_ptr + at)
     weights = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2 - lse[None, :])
     if MASKED:
         seen = (row[None, :] >= lower[:, None]) & (row[None, :] < upper[:, None])

@@ -5,7 +5,7 @@ Keys lie in order of position. Query row i belongs to key column i + offset, and
 vectors; where there is none of them the kernels do not read any.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +21,12 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A call's geometry.
+class Geometry(NamedTuple):
+    """A call's sizes.
 
     Attributes:
         offset: column of query row 0. prefix: columns before this one are outside every window.
-        query_start: `[B, T]` first column that a query may see in its window, `keys` for padding; None: `prefix`.
-        key_start: `[B, S]` first column of the key's document, `keys` for padding; None: 0.
-        key_end: `[B, S]` row from which no query sees the key, as its document is over; None: `time`.
-        document: `[S]` the key's document, where documents are packed.
+        padded: whether there are vectors. documents: whether they are those of packed documents.
     """
 
     batch: int
@@ -42,19 +38,27 @@ class Layout:
     window: int
     offset: int
     prefix: int
-    device: torch.device
+    padded: bool = False
+    documents: bool = False
+
+
+class Vectors(NamedTuple):
+    """Where rows do not begin at column 0, or end before the last; all int32.
+
+    Attributes:
+        query_start: `[B, T]` first column that a query may see in its window, `keys` for padding; None: `prefix`.
+        key_start: `[B, S]` first column of the key's document, `keys` for padding; None: 0.
+        key_end: `[B, S]` row from which no query sees the key, as its document is over; None: `time`.
+        document: `[S]` the key's document, where documents are packed.
+    """
+
     query_start: Tensor | None = None
     key_start: Tensor | None = None
     key_end: Tensor | None = None
     document: Tensor | None = None
 
-    @property
-    def padded(self) -> bool:
-        """Whether the vectors are there."""
-        return self.query_start is not None
 
-
-def padding_vectors(query_positions: Tensor, key_positions: Tensor, prefix: int) -> dict[str, Tensor]:
+def padding_vectors(query_positions: Tensor, key_positions: Tensor, prefix: int) -> Vectors:
     """The vectors of rows with padding at their left.
 
     Args:
@@ -67,18 +71,18 @@ def padding_vectors(query_positions: Tensor, key_positions: Tensor, prefix: int)
     padding = prefix + (positions[:, prefix:] < 0).sum(1, dtype=torch.int32)[:, None]  # [B, 1]
     real = (column >= padding) | (column < prefix)
     start = padding.expand(query_positions.shape).masked_fill(query_positions < 0, keys).to(torch.int32)
-    return {
-        "query_start": start.contiguous(),
-        "key_start": torch.where(real, torch.where(column < prefix, 0, padding), keys).to(torch.int32),
-        "key_end": torch.where(real, time, 0).to(torch.int32),
-    }
+    return Vectors(
+        query_start=start.contiguous(),
+        key_start=torch.where(real, torch.where(column < prefix, 0, padding), keys).to(torch.int32),
+        key_end=torch.where(real, time, 0).to(torch.int32),
+    )
 
 
-def document_vectors(cu_seqlens: Tensor, tokens: int) -> dict[str, Tensor]:
+def document_vectors(cu_seqlens: Tensor, tokens: int) -> Vectors:
     """The vectors of documents packed into one row of `tokens` columns; cu_seqlens: `[N + 1]`, from 0 to tokens."""
     column = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
     bounds = cu_seqlens.to(torch.int32)
     document = torch.searchsorted(bounds[1:].contiguous(), column, right=True, out_int32=True)
     document = document.clamp(max=len(bounds) - 2)
     start, end = bounds[:-1][document], bounds[1:][document]
-    return {"query_start": start[None], "key_start": start[None], "key_end": end[None], "document": document}
+    return Vectors(query_start=start[None], key_start=start[None], key_end=end[None], document=document)

@@ -6,16 +6,16 @@ list a head serves all queries: those rows that have reached an entry keep it. W
 list of its own, of at most budget + chunk entries, so that the dead weigh nothing.
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import Launch
 from .eviction import eviction_columns
-from .layout import Layout, ceil_div, power_of_two
+from .layout import Geometry, Vectors, ceil_div, power_of_two
 from .lifetimes import INTEGERS, chunks_of, enter_row, lifetime_kernel, lifetimes, ranking_kernel
 
 SCAN = 1024
@@ -23,16 +23,13 @@ ALONE = 4096
 """Keys that one program takes in one go; so many at most are one program's work, without a count before."""
 
 
-@dataclass(frozen=True)
-class RetainedLists:
+class RetainedLists(NamedTuple):
     """All int32, on the device.
 
     Attributes:
         exit: `[B, H, S]` row from which a key is not retained; at most its `enter` if it never is.
         columns: `[B, H, S]` columns of all retained keys in order; unwritten beyond their number.
         before: `[B, H, S + 1]` number of retained keys below each column.
-        part_rows: rows of partial gradients that (b, h) may need at most.
-        chunk, block: query rows of a chunk and of a block; the first is a multiple of the second.
         part_row: `[B, H, S]` row of a retained key's first partial gradient; undefined for other keys. None without a
             cap, where it follows from `before`; see parts_of_queries.
         chunk_columns: `[B, H, chunks, budget + chunk]`, first those that serve the whole chunk, then the others in
@@ -44,107 +41,110 @@ class RetainedLists:
     exit: Tensor
     columns: Tensor
     before: Tensor
-    part_rows: int
-    chunk: int
-    block: int
     part_row: Tensor | None = None
     chunk_columns: Tensor | None = None
     chunk_stable: Tensor | None = None
     chunk_size: Tensor | None = None
     block_size: Tensor | None = None
 
+    @property
+    def walked(self) -> Tensor:
+        """The columns that the kernels walk over: of a chunk, or of all."""
+        return self.columns if self.chunk_columns is None else self.chunk_columns
 
-def retained_lists(
-    score: Tensor | None, layout: Layout, *, sinks: int, budget: int | None, block: int, chunk: int
-) -> RetainedLists:
-    """The lists for a call.
+
+class ListPlan:
+    """What the lists of calls with the same geometry have in common.
 
     Args:
-        score: `[B, S, H]`, or None: sinks only.
+        score_strides: of the scores `[B, S, H]`, or None: sinks only.
         sinks, budget: as in retained_attention; budget at least 1.
         block: query rows of a kernel's block. chunk: query rows that share a list; a multiple of block.
+
+    Attributes:
+        cap: most keys that a query retains, None if nothing is ever evicted.
+        width: entries of a chunk's list, 0 without a cap.
+        part_rows: rows of partial gradients that (b, h) may need at most.
     """
-    batch, heads, keys = layout.batch, layout.heads, layout.keys
-    device = layout.device
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        score_strides: tuple[int, ...] | None,
+        *,
+        sinks: int,
+        budget: int | None,
+        block: int,
+        chunk: int,
+    ) -> None:
+        self.geometry, self.chunk, self.block = geometry, chunk, block
+        batch, time, keys, heads = geometry[:4]
+        self.cap = cap = budget if budget is not None and keys > budget else None
+        self.chunks, self.blocks = ceil_div(time, chunk), ceil_div(time, block)
+        self.width = 0 if cap is None else min(cap + chunk, keys)
+        self.part_rows = 2 * keys if cap is None else keys + cap * self.chunks
+        alone = keys <= ALONE
+        scan = SCAN if keys <= SCAN or not alone else ALONE
+        self.scans = ceil_div(keys, scan)
+        grid = (self.scans, batch * heads)
+        sizes = (heads, time, keys, geometry.offset, geometry.prefix, geometry.window, sinks, chunk)
+        numbers = (*(score_strides or (0, 0, 0)), *sizes)
+        flags: dict[str, Any] = {
+            "PADDED": geometry.padded,
+            "HAS_SCORE": score_strides is not None,
+            "SCAN": scan,
+            "num_warps": 4 if scan == SCAN else 16,
+        }
+        capped = {**flags, "CAPPED": cap is not None}
+        self.ranking = None if cap is None else Launch(ranking_kernel, grid, numbers, flags)
+        self.lifetime = None if alone else Launch(lifetime_kernel, grid, numbers, capped)
+        self.list = Launch(_list_kernel, grid, numbers, {**capped, "ALONE": alone, "SCANS": power_of_two(self.scans)})
+        self.chunk_list = None
+        if cap is not None:
+            self.chunk_list = Launch(
+                _chunk_kernel,
+                (self.chunks, batch * heads),
+                (
+                    time,
+                    keys,
+                    geometry.offset,
+                    geometry.prefix,
+                    geometry.window,
+                    chunk,
+                    block,
+                    self.blocks,
+                    self.width,
+                ),
+                {"BLOCKS": power_of_two(chunk // block), "SCAN": 256, "num_warps": 4},
+            )
+
+
+def retained_lists(plan: ListPlan, score: Tensor | None, vectors: Vectors, device: torch.device) -> RetainedLists:
+    """The lists of a call; score `[B, S, H]`, or None: sinks only."""
+    batch, _, keys, heads = plan.geometry[:4]
 
     def new(*shape: int) -> Tensor:
-        return torch.empty(batch, heads, *shape, dtype=torch.int32, device=device)
+        return torch.empty((batch, heads, *shape), dtype=torch.int32, device=device)
 
     exits, columns, before = new(keys), new(keys), new(keys + 1)
-    cap = budget if budget is not None and keys > budget else None
-    chunks = ceil_div(layout.time, chunk)
-    alone = keys <= ALONE
-    scan = SCAN if keys <= SCAN or not alone else ALONE
-    scans = ceil_div(keys, scan)
-    grid = (scans, batch * heads)
     ranking = evicted = totals = part_row = exits
-    part_rows = 2 * keys if cap is None else keys + cap * chunks
-    sizes = (heads, layout.time, keys, layout.offset, layout.prefix, layout.window, sinks, chunk)
-    flags = {
-        "PADDED": layout.padded,
-        "HAS_SCORE": score is not None,
-        "SCAN": scan,
-        "num_warps": 4 if scan == SCAN else 16,
-    }
-
-    def pointers() -> tuple[Tensor, ...]:
-        return (
-            exits if score is None else score,
-            exits if layout.key_start is None else layout.key_start,
-            exits if layout.key_end is None else layout.key_end,
-            ranking,
-            evicted,
-            exits,
-            totals,
-        )
-
-    strides = (0, 0, 0) if score is None else score.stride()
-    with torch.cuda.device_of(exits):
-        if cap is not None:
-            ranking, part_row = new(keys), new(keys)
-            launch(ranking_kernel, grid, pointers(), (*strides, *sizes), **flags)
-            evicted = eviction_columns(ranking, layout.document, cap)
-        if not alone:
-            totals = new(2, scans)
-            launch(lifetime_kernel, grid, pointers(), (*strides, *sizes), CAPPED=cap is not None, **flags)
-        launch(
-            _list_kernel,
-            grid,
-            (*pointers(), columns, before, part_row),
-            (*strides, *sizes),
-            CAPPED=cap is not None,
-            ALONE=alone,
-            SCANS=power_of_two(scans),
-            **flags,
-        )
-        if cap is None:
-            return RetainedLists(exits, columns, before, part_rows, chunk, block)
-        width = min(cap + chunk, keys)
-        chunk_columns, chunk_stable, chunk_size = new(chunks, width), new(chunks), new(chunks)
-        blocks = ceil_div(layout.time, block)
-        block_size = new(blocks)
-        launch(
-            _chunk_kernel,
-            (chunks, batch * heads),
-            (exits, columns, before, chunk_columns, chunk_stable, chunk_size, block_size),
-            (layout.time, keys, layout.offset, layout.prefix, layout.window, chunk, block, blocks, width),
-            BLOCKS=power_of_two(chunk // block),
-            SCAN=256,
-            num_warps=4,
-        )
-    return RetainedLists(
-        exits,
-        columns,
-        before,
-        part_rows,
-        chunk,
-        block,
-        part_row,
-        chunk_columns,
-        chunk_stable,
-        chunk_size,
-        block_size,
-    )
+    start = exits if vectors.key_start is None else vectors.key_start
+    end = exits if vectors.key_end is None else vectors.key_end
+    scores = exits if score is None else score
+    if plan.ranking is not None and plan.cap is not None:
+        ranking, part_row = new(keys), new(keys)
+        plan.ranking(scores, start, end, ranking, evicted, exits, totals)
+        evicted = eviction_columns(ranking, vectors.document, plan.cap)
+    if plan.lifetime is not None:
+        totals = new(2, plan.scans)
+        plan.lifetime(scores, start, end, ranking, evicted, exits, totals)
+    plan.list(scores, start, end, ranking, evicted, exits, totals, columns, before, part_row)
+    if plan.chunk_list is None:
+        return RetainedLists(exits, columns, before)
+    chunk_columns, block_size = new(plan.chunks, plan.width), new(plan.blocks)
+    chunk_stable, chunk_size = new(plan.chunks), new(plan.chunks)
+    plan.chunk_list(exits, columns, before, chunk_columns, chunk_stable, chunk_size, block_size)
+    return RetainedLists(exits, columns, before, part_row, chunk_columns, chunk_stable, chunk_size, block_size)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

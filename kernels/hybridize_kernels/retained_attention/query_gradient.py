@@ -85,25 +85,25 @@ def query_kernel(
     first_row = block * BLOCK_Q
     last_row = tl.minimum(first_row + BLOCK_Q, time) - 1
     lanes = tl.arange(0, BLOCK_M)
-    row = first_row + lanes // G
-    valid = (lanes < BLOCK_Q * G) & (row < time)
+    valid = (lanes < BLOCK_Q * G) & (first_row + lanes // G < time)
+    row = tl.minimum(first_row + lanes // G, last_row)
     features = tl.arange(0, BLOCK_D)
     columns = tl.arange(0, BLOCK_N)
     row_wide = row.to(tl.int64) if LONG else row
     member = (lanes % G).to(tl.int64) if LONG else lanes % G
 
     q_rows = q_ptr + batch * q_stride_b + head * G * q_stride_h + row_wide * q_stride_t + member * q_stride_h
-    q = load_rows(q_rows, valid, features, D, BLOCK_D, True)
+    q = load_rows(q_rows, features, D, BLOCK_D)
     do_rows = (
         d_output_ptr + batch * do_stride_b + head * G * do_stride_h + row_wide * do_stride_t + member * do_stride_h
     )
-    d_output = load_rows(do_rows, valid, features, D, BLOCK_D, True)
+    d_output = load_rows(do_rows, features, D, BLOCK_D)
     out_row = (batch * time + row) * heads * G + head * G + lanes % G
-    output = load_rows(output_ptr + out_row * D, valid, features, D, BLOCK_D, True)
+    output = load_rows(output_ptr + out_row * D, features, D, BLOCK_D)
     delta = tl.sum(output.to(tl.float32) * d_output.to(tl.float32), 1)
     if HAS_D_LSE:
-        delta -= tl.load(d_lse_ptr + out_row, mask=valid, other=0.0)
-    lse = tl.load(lse_ptr + out_row, mask=valid, other=-float("inf"))
+        delta -= tl.load(d_lse_ptr + out_row)
+    lse = tl.load(lse_ptr + out_row)
     # A row that sees nothing has no part in any gradient, whatever is asked of it.
     delta = tl.where(lse == -float("inf"), 0.0, delta)
     tl.store(delta_ptr + out_row, delta, mask=valid)
@@ -117,8 +117,8 @@ def query_kernel(
     start_max = prefix
     if PADDED:
         key_end_ptr += batch * keys
-        start = tl.load(query_start_ptr + batch * time + row, mask=valid, other=0)
-        start_min = tl.min(tl.where(valid, start, keys), 0)
+        start = tl.load(query_start_ptr + batch * time + row)
+        start_min = tl.min(start, 0)
         start_max = tl.max(start, 0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -148,13 +148,12 @@ def query_kernel(
         full = begin + (full - begin) // BLOCK_N * BLOCK_N
         for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
             column = tl.load(columns_ptr + at + columns)
-            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
             dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, column, column, False, PRECISION)
-        for at in tl.range(full, end, BLOCK_N, num_stages=STAGES):
-            inside = at + columns < end
-            column = tl.load(columns_ptr + at + columns, mask=inside, other=0)
-            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
-            lower, upper = retained_rows(exit_ptr, column, inside, offset, prefix, window)
+        for at in tl.range(full, end, BLOCK_N, num_stages=1):
+            column = tl.load(columns_ptr + tl.minimum(at + columns, end - 1))
+            k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
+            lower, upper = retained_rows(exit_ptr, column, at + columns < end, offset, prefix, window)
             dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, lower, upper, True, PRECISION)
 
     low, high, tiles, full_from, full_to = window_range(
@@ -162,12 +161,13 @@ def query_kernel(
     )
     for at in tl.range(full_from, full_to, num_stages=STAGES):
         column = low + at * BLOCK_N + columns
-        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, column, features, D, BLOCK_D, LONG, False)
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
         dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, column, column, False, PRECISION)
     for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
         column = low + tl.where(at < full_from, at, at + full_to - full_from) * BLOCK_N + columns
         inside = column < high
-        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, inside, features, D, BLOCK_D, LONG, True)
+        column = tl.minimum(column, high - 1)
+        k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
         lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
         dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, lower, upper, True, PRECISION)
 

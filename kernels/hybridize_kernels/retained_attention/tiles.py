@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -66,13 +65,12 @@ _FLOAT = {
 """For fp32, whose products run outside the matrix units."""
 
 
-def tiles_for(head_size: int, group: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of a call; a block's rows hold whole queries, so that they grow with very large groups."""
-    return _tiles_for(head_size, group, dtype, os.environ.get(VARIABLE))
-
-
 @cache
-def _tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | None) -> Tiles:
+def tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | None = None) -> Tiles:
+    """The tiles of a call; a block's rows hold whole queries, so that they grow with very large groups.
+
+    override: what VARIABLE holds.
+    """
     table = _FLOAT if dtype == torch.float32 else _HALF
     tiles = table[max(32, power_of_two(head_size))]
     if override:
@@ -89,15 +87,13 @@ def _tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | N
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def load_rows(pointers, mask, features, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a [*, D] tensor from their first elements' pointers; zeros where masked and beyond D."""
+def load_rows(pointers, features, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a [*, D] tensor from their first elements' pointers; zeros beyond D.
+
+    Lanes without a row of their own are given another's, which needs no mask; what becomes of them is not used.
+    """
     at = pointers[:, None] + features[None, :]
-    if MASKED:
-        inside = mask[:, None]
-        if BLOCK_D > D:
-            inside = inside & (features < D)[None, :]
-        return tl.load(at, mask=inside, other=0.0)
-    elif BLOCK_D > D:
+    if BLOCK_D > D:
         return tl.load(at, mask=(features < D)[None, :], other=0.0)
     else:
         return tl.load(at)
@@ -155,30 +151,20 @@ def window_range(first_row, last_row, start_min, start_max, offset, window, BLOC
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_keys(
-    k_ptr,
-    v_ptr,
-    k_stride_t,
-    v_stride_t,
-    column,
-    inside,
-    features,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LONG: tl.constexpr,
-    MASKED: tl.constexpr,
+    k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D: tl.constexpr, BLOCK_D: tl.constexpr, LONG: tl.constexpr
 ):
     """Keys and values `[BLOCK_N, BLOCK_D]` of the columns of one tile."""
     wide = column.to(tl.int64) if LONG else column
-    k = load_rows(k_ptr + wide * k_stride_t, inside, features, D, BLOCK_D, MASKED)
-    v = load_rows(v_ptr + wide * v_stride_t, inside, features, D, BLOCK_D, MASKED)
-    return k, v
+    return load_rows(k_ptr + wide * k_stride_t, features, D, BLOCK_D), load_rows(
+        v_ptr + wide * v_stride_t, features, D, BLOCK_D
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def retained_rows(exit_ptr, column, inside, offset, prefix, window):
     """The interval of query rows that retain each key; empty if not inside."""
-    upper = tl.load(exit_ptr + column, mask=inside, other=0)
-    return enter_row(column, offset, prefix, window), upper
+    upper = tl.load(exit_ptr + column)
+    return enter_row(column, offset, prefix, window), tl.where(inside, upper, 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -187,5 +173,5 @@ def window_rows(end_ptr, column, inside, offset, window, PADDED: tl.constexpr):
     lower = column - offset
     upper = lower + window
     if PADDED:
-        upper = tl.minimum(upper, tl.load(end_ptr + column, mask=inside, other=0))
+        upper = tl.minimum(upper, tl.load(end_ptr + column))
     return lower, tl.where(inside, upper, 0)

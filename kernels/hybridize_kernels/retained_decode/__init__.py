@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dispatch import check_shape, choose
+from ..dispatch import check_shape, choose, untraced
 from .eager import retained_decode as _eager
 from .reference import retained_decode as _reference
 
@@ -114,7 +114,7 @@ def retained_decode(
     if form == "triton":
         from .kernel import retained_decode as kernel  # imports Triton, which need not be there
 
-        return kernel(q, k, v, keys, values, last_position, workspace=workspace, **options)
+        return untraced(kernel)(q, k, v, keys, values, last_position, workspace=workspace, **options)
     run = _reference if form == "reference" else _eager
     return run(q, k, v, keys, values, last_position, **options)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import check_shape, choose
+from ..dispatch import check_shape, choose, untraced
 from .eager import token_scorer as _eager
 from .eager import token_scorer_step as _eager_step
 from .reference import token_scorer as _reference
@@ -63,7 +63,9 @@ def token_scorer(
     tensors = (x.detach() for x in (k, v, *weights, *biases, output_weight, output_bias))
     form = choose(op, *tensors, has_kernel=True, kernel_fits=_fits(k, v, weights, compute_dtype))
     if form == "triton":
-        from .fused import token_scorer as run
+        from .fused import token_scorer as kernel
+
+        run = untraced(kernel)
     else:
         run = _reference if form == "reference" else _eager
     return run(
@@ -124,7 +126,9 @@ def token_scorer_step(
         fits = stored > 0 and history.is_contiguous() and _fits(k, v, weights, history.dtype)
         form = choose(op, k, v, history, *weights, *biases, output_weight, has_kernel=True, kernel_fits=fits)
         if form == "triton":
-            from .streaming import token_scorer_step as run
+            from .streaming import token_scorer_step as kernel
+
+            run = untraced(kernel)
         else:
             run = _reference_step if form == "reference" else _eager_step
         return run(
