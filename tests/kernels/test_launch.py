@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hybridize_kernels import launch as launches
-from hybridize_kernels.launch import launch
+from hybridize_kernels.launch import Launch, launch
 
 
 @triton.jit(do_not_specialize=["number"])  # type: ignore[untyped-decorator]
@@ -62,3 +62,28 @@ def test_what_is_remembered_is_bounded_and_used(monkeypatch: pytest.MonkeyPatch)
     x += 1
     graph.replay()
     assert torch.equal(y, x * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_hooks_are_told_of_remembered_launches() -> None:
+    x = torch.arange(64, dtype=torch.float32, device="cuda")
+    run(x, 2.0)
+    told = []
+    triton.knobs.runtime.launch_enter_hook.add(told.append)
+    try:
+        run(x, 2.0)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(told.append)
+    assert [metadata.get()["name"] for metadata in told] == ["_axpy_kernel"]
+
+
+def test_a_ready_launch_takes_new_pointers(device: str) -> None:
+    if device == "cpu" and isinstance(_axpy_kernel, triton.runtime.JITFunction):
+        pytest.skip("kernels are compiled here, for the GPU")
+    ready = Launch(_axpy_kernel, (1,), (1, 50, 2.0), {"TWICE": True, "BLOCK": 64})
+    for start in (0, 64, 3, 128):  # one of them is not aligned
+        x, y = torch.randn(200, device=device)[start:], torch.zeros(60, device=device)
+        ready(x, y)
+        assert torch.equal(y[:50], x[:50] * 4)
+        assert not y[50:].any()
