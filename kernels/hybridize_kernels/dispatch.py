@@ -65,6 +65,11 @@ def choose(
     return "eager"
 
 
+def is_hopper(device: int) -> bool:
+    """Whether the CUDA device of this index is one whose matrix units are Hopper's."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def untraced(run: Callable[..., Result]) -> Callable[..., Result]:
     """`run` as it is, or while torch.compile traces, in a form that it calls and does not look into."""
     return torch.compiler.disable(run) if torch.compiler.is_compiling() else run

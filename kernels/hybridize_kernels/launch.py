@@ -30,18 +30,20 @@ class Launch:
         constants: the constexpr parameters in any order, and options of the compiler.
     """
 
-    __slots__ = ("_arguments", "_compiled", "_constants", "_grid", "_kernel", "_numbers")
+    __slots__ = ("_arguments", "_compiled", "_constants", "_grid", "_kernel", "_numbers", "_remembers")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], constants: dict[str, Any]
     ) -> None:
-        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+        self._kernel, self._numbers, self._constants = kernel, numbers, constants
+        self._grid = (*grid, 1, 1)[:3]
+        self._remembers = remembers(kernel)
         self._compiled: Any = None
         self._arguments: tuple[Any, ...] = ()
 
     def __call__(self, *pointers: Tensor) -> None:
         """Runs on the pointers' device and its current stream; their device and dtypes are the same every time."""
-        if not remembers(self._kernel):
+        if not self._remembers:
             self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
             return
         device = pointers[0].get_device()
@@ -61,7 +63,7 @@ class Launch:
                 self._compiled = compiled
             return
         compiled.run(
-            *(*self._grid, 1, 1)[:3],
+            *self._grid,
             triton.runtime.driver.active.get_current_stream(device),
             compiled.function,
             compiled.packed_metadata,
@@ -91,8 +93,8 @@ def launch(
 
 
 def remembers(kernel: Any) -> bool:
-    """Interpreted and traced kernels have no compiled code; for AMD's compiler, sizes of tensors matter too."""
-    return bool(torch.version.cuda) and isinstance(kernel, JITFunction) and not torch.compiler.is_compiling()
+    """Interpreted kernels have no compiled code; for AMD's compiler, sizes of tensors matter too."""
+    return torch.version.cuda is not None and isinstance(kernel, JITFunction)
 
 
 def _hooked() -> bool:

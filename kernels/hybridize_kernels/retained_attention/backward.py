@@ -91,10 +91,10 @@ def attend_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=device) for _ in range(2))
     d_score = None if score is None else torch.empty(score.shape, dtype=score.dtype, device=device)
-    delta = torch.empty(log_sum_exp.shape, dtype=torch.float32, device=device)
+    rows = torch.empty((2, *log_sum_exp.shape), dtype=torch.float32, device=device)
     d_lse = log_sum_exp if d_log_sum_exp is None else d_log_sum_exp
-    plan.query(q, k, v, output, log_sum_exp, d_output, d_lse, delta, dq, *list_pointers(q, lists, vectors))
-    parts, exits, before, part_row = delta, q, q, q
+    plan.query(q, k, v, output, log_sum_exp, d_output, d_lse, rows, dq, *list_pointers(q, lists, vectors))
+    parts, exits, before, part_row = rows, q, q, q
     if lists is not None and plan.part is not None and plan.part_shape is not None:
         parts = torch.empty(plan.part_shape, dtype=torch.float32, device=device)
         exits, before = lists.exit, lists.before
@@ -103,9 +103,8 @@ def attend_backward(
             q,
             k,
             v,
-            log_sum_exp,
             d_output,
-            delta,
+            rows,
             parts,
             q if vectors.query_start is None else vectors.query_start,
             lists.walked,
@@ -118,14 +117,13 @@ def attend_backward(
         q,
         k,
         v,
-        log_sum_exp,
         d_output,
-        delta,
+        rows,
         parts,
         dk,
         dv,
-        delta if score is None else score,
-        delta if d_score is None else d_score,
+        rows if score is None else score,
+        rows if d_score is None else d_score,
         q if vectors.key_end is None else vectors.key_end,
         exits,
         before,

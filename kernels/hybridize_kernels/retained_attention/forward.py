@@ -14,13 +14,10 @@ from torch import Tensor
 from ..launch import Launch
 from .layout import Geometry, Vectors, ceil_div, power_of_two
 from .lists import ListPlan, RetainedLists
-from .rescale import elements_of_vote, rescale
+from .rescale import NOTHING_YET, advance, elements_of_vote, rescale
 from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
 
 LOG2_E = 1.4426950408889634
-SLACK = tl.constexpr(8.0)
-"""Powers of two by which a weight may exceed 1: far inside fp16's range."""
-
 Strides = tuple[int, ...]
 """Of rows, tokens and heads; features lie side by side."""
 
@@ -34,16 +31,18 @@ def forward_launch(
     tile: Tile,
     *,
     on_nvidia: bool,
+    on_hopper: bool,
 ) -> Launch:
     """The kernel for calls with the same geometry; strides of q, k and v, with features side by side."""
     constants = flags(geometry, lists, dtype, strides)
-    # The vote is PTX: no interpreter and no other vendor's compiler takes it.
+    # Votes are PTX, which no interpreter and no other vendor's compiler takes.
     vote = elements_of_vote(tile.rows * constants["BLOCK_D"], tile.warps) if on_nvidia else 0
+    half = dtype != torch.float32
     return Launch(
         _forward_kernel,
         (ceil_div(geometry.time, tile.rows // geometry.group) * geometry.batch * geometry.heads,),
         (*strides[0], *strides[1], *strides[2], scale * LOG2_E, *sizes(geometry, lists)),
-        {**constants, "SUMS": 1 if dtype == torch.float32 else 8, "VOTE": vote, **tile.options()},
+        {**constants, "PARTS": 4 if half else 1, "VOTE": vote, "QUADS": half and on_hopper, **tile.options()},
     )
 
 
@@ -112,7 +111,7 @@ def _attend_tile(
     k,
     v,
     sums,
-    pivot,
+    minus,
     output,
     scale,
     row,
@@ -121,32 +120,30 @@ def _attend_tile(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     VOTE: tl.constexpr,
+    QUADS: tl.constexpr,
 ):
     """One tile of keys in the online softmax: output = Σ exp2(logit − pivot) v, with logits in base 2, scale above 0.
 
     The pivot is the largest logit so far, or up to SLACK below it, so that it hardly ever moves after the first tiles.
-    sums `[rows, SUMS]` add up to the sum of the weights. The matrix units leave every 8th weight of a row with the same
-    thread, so that 8 sums need no exchange between threads in every tile.
+    sums `[rows, PARTS]` add up to the sum of the weights, and minus `[rows, PARTS]` holds minus the pivot of a row as
+    many times. Four parts are what a row has in a thread of the matrix units: nothing is exchanged in an ordinary tile.
     """
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = (row[:, None] >= lower[None, :]) & (row[:, None] < upper[None, :])
         logits = tl.where(seen, logits, -float("inf"))
-    largest = tl.max(logits, 1) * scale
-    now = tl.where(largest > pivot + SLACK, largest, pivot)
-    if MASKED:
-        # A row that has seen nothing yet subtracts 0, so that exp2 gives 0 and not NaN.
-        minus = tl.where(now == -float("inf"), 0.0, now)
-    else:
-        minus = now
-    weights = tl.math.exp2(logits * scale - minus[:, None])
-    shrink = tl.math.exp2(pivot - minus)
     parts: tl.constexpr = sums.shape[1]
-    weights_by_part = tl.reshape(weights, [weights.shape[0], weights.shape[1] // parts, parts])
-    sums = sums * shrink[:, None] + tl.sum(weights_by_part, 1)
-    output = rescale(output, shrink, VOTE)
-    output = tl.dot(weights.to(v.dtype), v, output, input_precision=PRECISION)
-    return sums, now, output
+    logits = tl.reshape(logits, [logits.shape[0], logits.shape[1] // (2 * parts), parts, 2])
+    minus, shrink = advance(tl.max(tl.max(logits, 3), 1), minus, scale, QUADS)
+    weights = tl.math.exp2(logits * scale + minus[:, None, :, None])
+    sums = sums * shrink + tl.sum(tl.sum(weights, 3), 1)
+    shape: tl.constexpr = output.shape
+    output = tl.reshape(output, [shape[0], shape[1] // (2 * parts), parts, 2])
+    output = rescale(output, tl.broadcast_to(shrink[:, None, :, None], output.shape), VOTE)
+    output = tl.reshape(output, shape)
+    weights = tl.reshape(weights, [q.shape[0], k.shape[0]]).to(v.dtype)
+    output = tl.dot(weights, v, output, input_precision=PRECISION)
+    return sums, minus, output
 
 
 @triton.jit(do_not_specialize=INTEGERS)  # type: ignore[untyped-decorator]
@@ -190,8 +187,9 @@ def _forward_kernel(
     PADDED: tl.constexpr,
     LONG: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUMS: tl.constexpr,
+    PARTS: tl.constexpr,
     VOTE: tl.constexpr,
+    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -226,8 +224,8 @@ def _forward_kernel(
         start_min = tl.min(start, 0)
         start_max = tl.max(start, 0)
 
-    sums = tl.zeros([BLOCK_M, SUMS], tl.float32)
-    pivot = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sums = tl.zeros([BLOCK_M, PARTS], tl.float32)
+    minus = tl.full([BLOCK_M, PARTS], NOTHING_YET, tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if RETAINED:
@@ -257,15 +255,15 @@ def _forward_kernel(
         for at in tl.range(begin, full, BLOCK_N, num_stages=STAGES):
             column = tl.load(columns_ptr + at + columns)
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
-            sums, pivot, output = _attend_tile(
-                q, k, v, sums, pivot, output, scale, row, column, column, False, PRECISION, VOTE
+            sums, minus, output = _attend_tile(
+                q, k, v, sums, minus, output, scale, row, column, column, False, PRECISION, VOTE, QUADS
             )
         for at in tl.range(full, end, BLOCK_N, num_stages=1):
             column = tl.load(columns_ptr + tl.minimum(at + columns, end - 1))
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
             lower, upper = retained_rows(exit_ptr, column, at + columns < end, offset, prefix, window)
-            sums, pivot, output = _attend_tile(
-                q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE
+            sums, minus, output = _attend_tile(
+                q, k, v, sums, minus, output, scale, row, lower, upper, True, PRECISION, VOTE, QUADS
             )
 
     low, high, tiles, full_from, full_to = window_range(
@@ -274,8 +272,8 @@ def _forward_kernel(
     for at in tl.range(full_from, full_to, num_stages=STAGES):
         column = low + at * BLOCK_N + columns
         k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
-        sums, pivot, output = _attend_tile(
-            q, k, v, sums, pivot, output, scale, row, column, column, False, PRECISION, VOTE
+        sums, minus, output = _attend_tile(
+            q, k, v, sums, minus, output, scale, row, column, column, False, PRECISION, VOTE, QUADS
         )
     # The tiles at the window's left edge and those at the diagonal.
     for at in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
@@ -284,14 +282,19 @@ def _forward_kernel(
         column = tl.minimum(column, high - 1)
         k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
         lower, upper = window_rows(key_end_ptr, column, inside, offset, window, PADDED)
-        sums, pivot, output = _attend_tile(
-            q, k, v, sums, pivot, output, scale, row, lower, upper, True, PRECISION, VOTE
+        sums, minus, output = _attend_tile(
+            q, k, v, sums, minus, output, scale, row, lower, upper, True, PRECISION, VOTE, QUADS
         )
 
     sums = tl.sum(sums, 1)
     blind = sums == 0
     if PADDED:
         blind = blind | (start >= keys)
+    pivot = -tl.max(minus, 1)
+    if QUADS:
+        # Were a row not in four neighbouring lanes, its parts would have gone apart: let nobody take that for a result.
+        pivot = tl.where(pivot == -tl.min(minus, 1), pivot, float("nan"))
+        sums += pivot - pivot
     output = tl.where(blind[:, None], 0.0, output / tl.where(blind, 1.0, sums)[:, None])
     # log2 of a sum times ln 2.
     log_sum = tl.where(blind, -float("inf"), (pivot + tl.math.log2(tl.where(blind, 1.0, sums))) * 0.6931471805599453)

@@ -15,9 +15,8 @@ def part_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
     d_output_ptr,
-    delta_ptr,
+    rows_ptr,  # [2, B·H, T, G]
     parts_ptr,  # [B·H, part_rows, 2, D], written: dk and dv of a retained key from one part of its queries
     query_start_ptr,
     columns_ptr,
@@ -90,11 +89,10 @@ def part_kernel(
         end = tl.load(before_ptr + left)
     exit_ptr += row_head * keys
     part_row_ptr += row_head * keys
-    query_heads = heads * G
     q_ptr += batch * q_stride_b + head * G * q_stride_h
     d_output_ptr += batch * do_stride_b + head * G * do_stride_h
-    lse_ptr += batch * time * query_heads + head * G
-    delta_ptr += batch * time * query_heads + head * G
+    lse_ptr = rows_ptr + row_head * time * G
+    delta_ptr = lse_ptr + tl.num_programs(1).to(tl.int64) * time * G
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     parts_ptr += row_head * part_rows * 2 * D
@@ -121,7 +119,6 @@ def part_kernel(
             q_stride_h,
             do_stride_t,
             do_stride_h,
-            query_heads,
             scale * 1.4426950408889634,
             low,
             high,
@@ -149,9 +146,8 @@ def key_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
     d_output_ptr,
-    delta_ptr,
+    rows_ptr,  # [2, B·H, T, G]
     parts_ptr,  # [B·H, part_rows, 2, D]
     dk_ptr,  # [B, S, H, D] contiguous
     dv_ptr,
@@ -206,11 +202,10 @@ def key_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < keys
     column = tl.minimum(column, keys - 1)
-    query_heads = heads * G
     q_ptr += batch * q_stride_b + head * G * q_stride_h
     d_output_ptr += batch * do_stride_b + head * G * do_stride_h
-    lse_ptr += batch * time * query_heads + head * G
-    delta_ptr += batch * time * query_heads + head * G
+    lse_ptr = rows_ptr + row_head * time * G
+    delta_ptr = lse_ptr + tl.num_programs(1).to(tl.int64) * time * G
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     features = tl.arange(0, BLOCK_D)
@@ -235,7 +230,6 @@ def key_kernel(
         q_stride_h,
         do_stride_t,
         do_stride_h,
-        query_heads,
         scale * 1.4426950408889634,
         0,
         time,

@@ -24,7 +24,6 @@ def _rows_tile(
     q_stride_h,
     do_stride_t,
     do_stride_h,
-    query_heads,
     scale2,
     first,
     end,
@@ -40,19 +39,29 @@ def _rows_tile(
 ):
     """The queries `[first, end)`, at most BLOCK_M // G, in dk (without its factor scale) and dv of a tile of keys."""
     lanes = tl.arange(0, BLOCK_M)
-    valid = (lanes < BLOCK_M // G * G) & (first + lanes // G < end)
-    row = tl.minimum(first + lanes // G, end - 1)
-    wide = row.to(tl.int64) if LONG else row
-    member = (lanes % G).to(tl.int64) if LONG else lanes % G
+    member = lanes % G
+    lane_row = lanes // G
+    at = lanes
+    # Whole blocks of a group that fills the tile have a row in every lane.
+    PARTIAL: tl.constexpr = MASKED or (BLOCK_M % G != 0)
+    if PARTIAL:
+        valid = (lanes < BLOCK_M // G * G) & (lane_row < end - first)
+        lane_row = tl.minimum(lane_row, end - first - 1)
+        at = lane_row * G + member
+    row = first + lane_row
+    if LONG:
+        lane_row = lane_row.to(tl.int64)
+        member = member.to(tl.int64)
+    begin = first.to(tl.int64)
     features = tl.arange(0, BLOCK_D)
-    q = load_rows(q_ptr + wide * q_stride_t + member * q_stride_h, features, D, BLOCK_D)
-    d_output = load_rows(d_output_ptr + wide * do_stride_t + member * do_stride_h, features, D, BLOCK_D)
-    at = wide * query_heads + member
-    lse = tl.load(lse_ptr + at)
-    if MASKED or BLOCK_M % G != 0:
-        lse = tl.where(valid, lse, -float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
-    delta = tl.load(delta_ptr + at)
+    q = load_rows(q_ptr + begin * q_stride_t + (lane_row * q_stride_t + member * q_stride_h), features, D, BLOCK_D)
+    d_output = load_rows(
+        d_output_ptr + begin * do_stride_t + (lane_row * do_stride_t + member * do_stride_h), features, D, BLOCK_D
+    )
+    lse = tl.load(lse_ptr + begin * G + at)
+    if PARTIAL:
+        lse = tl.where(valid, lse, float("inf"))
+    delta = tl.load(delta_ptr + begin * G + at)
     weights = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2 - lse[None, :])
     if MASKED:
         seen = (row[None, :] >= lower[:, None]) & (row[None, :] < upper[:, None])
@@ -78,7 +87,6 @@ def all_rows(
     q_stride_h,
     do_stride_t,
     do_stride_h,
-    query_heads,
     scale2,
     low,
     high,
@@ -127,7 +135,6 @@ def all_rows(
                 q_stride_h,
                 do_stride_t,
                 do_stride_h,
-                query_heads,
                 scale2,
                 low + tile * BLOCK_Q,
                 high,

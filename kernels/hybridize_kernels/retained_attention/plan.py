@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dispatch import is_hopper
 from .backward import BackwardPlan
 from .forward import Strides, forward_launch
 from .layout import Geometry
@@ -75,6 +76,7 @@ class Plan:
             key.scale,
             self.tiles.forward,
             on_nvidia=key.device >= 0 and torch.version.cuda is not None,
+            on_hopper=key.device >= 0 and is_hopper(key.device),
         )
         self._backward: dict[tuple[object, ...], BackwardPlan] = {}
 

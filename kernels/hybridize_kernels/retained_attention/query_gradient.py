@@ -1,6 +1,6 @@
 """The kernel for dq: a block of queries over the keys that the forward kernel visits, in the same order.
 
-It also writes delta = o·do − d lse, which the kernels over keys need.
+It also writes what the kernels over keys need of a row: its log-sum-exp in base 2, and delta = o·do − d lse.
 """
 
 import triton
@@ -33,7 +33,7 @@ def query_kernel(
     lse_ptr,  # [B, T, HQ]
     d_output_ptr,
     d_lse_ptr,  # [B, T, HQ]
-    delta_ptr,  # [B, T, HQ], written
+    rows_ptr,  # [2, B·H, T, G], written: the log-sum-exp in base 2, and delta
     dq_ptr,  # [B, T, HQ, D] contiguous
     query_start_ptr,
     key_end_ptr,
@@ -104,11 +104,13 @@ def query_kernel(
     if HAS_D_LSE:
         delta -= tl.load(d_lse_ptr + out_row)
     lse = tl.load(lse_ptr + out_row)
-    # A row that sees nothing has no part in any gradient, whatever is asked of it.
-    delta = tl.where(lse == -float("inf"), 0.0, delta)
-    tl.store(delta_ptr + out_row, delta, mask=valid)
-    # A row that sees nothing gets weights of 0.
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    # A row that sees nothing has no part in any gradient, whatever is asked of it: its weights are 0.
+    blind = lse == -float("inf")
+    delta = tl.where(blind, 0.0, delta)
+    lse = tl.where(blind, float("inf"), lse * 1.4426950408889634)
+    rows_ptr += (row_head * time + first_row) * G
+    tl.store(rows_ptr + lanes, lse, mask=valid)
+    tl.store(rows_ptr + tl.num_programs(1).to(tl.int64) * time * G + lanes, delta, mask=valid)
     scale2 = scale * 1.4426950408889634
 
     k_ptr += batch * k_stride_b + head * k_stride_h
