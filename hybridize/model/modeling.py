@@ -111,6 +111,8 @@ class HybridModelMixin:
         past_key_values: Any = None,
         **kwargs: Any,
     ):
+        if cache is not None and past_key_values is not None:
+            raise UsageError("`cache` and `past_key_values` are two names of one argument.", hint="Pass `cache` alone.")
         cache = past_key_values if cache is None else cache
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None:

@@ -1,7 +1,8 @@
 """Which form of an op runs: the reference (the spec), eager (plain PyTorch) or a Triton kernel.
 
 The choice is made once a call, here and nowhere else, from device, dtype, gradient mode and what the op says of its
-shapes. `use_implementation` overrides it, which is how tests compare the forms.
+shapes. `use_implementation` overrides it, which is how tests compare the forms. Whatever else depends on the GPU that
+this is, or on torch.compile, is asked here too.
 """
 
 from collections.abc import Callable, Iterator

@@ -42,15 +42,23 @@ class Launch:
         self._arguments: tuple[Any, ...] = ()
 
     def __call__(self, *pointers: Tensor) -> None:
-        """Runs on the pointers' device and its current stream; their device and dtypes are the same every time."""
-        if not self._remembers:
-            self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
-            return
+        """Runs on the pointers' device and its current stream; their device and dtypes are the same every time.
+
+        Raises:
+            ValueError: the tensors lie on several devices.
+        """
         device = pointers[0].get_device()
-        if device != torch.cuda.current_device():
+        if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(*pointers)
             return
+        if not self._remembers or device < 0:
+            self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
+            return
+        # The driver takes any address: whether it is one of this GPU is asked here.
+        if len({tensor.get_device() for tensor in pointers}) > 1:
+            devices = ", ".join(sorted({str(tensor.device) for tensor in pointers}))
+            raise ValueError(f"{self._kernel.__name__}: tensors on {devices}, expected all on one GPU")
         addresses = [tensor.data_ptr() for tensor in pointers]
         # Triton compiles other code for pointers that are not aligned.
         aligned = not reduce(or_, addresses) & 15
@@ -100,4 +108,6 @@ def remembers(kernel: Any) -> bool:
 def _hooked() -> bool:
     """Whether somebody, a profiler say, wants to be told of launches."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    # A hook is a chain of calls, or one call, or None.
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

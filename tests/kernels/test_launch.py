@@ -78,6 +78,19 @@ def test_hooks_are_told_of_remembered_launches() -> None:
     assert [metadata.get()["name"] for metadata in told] == ["_axpy_kernel"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_memory_of_the_host_does_not_reach_the_gpu() -> None:
+    x, y = torch.randn(64, device="cuda"), torch.zeros(64, device="cuda")
+    ready = Launch(_axpy_kernel, (1,), (1, 50, 2.0), {"TWICE": True, "BLOCK": 64})
+    for _ in range(2):  # new, and remembered
+        with pytest.raises(ValueError, match="tensors on cpu, cuda:0"):
+            ready(x, y.cpu())
+        ready(x, y)
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        ready(x.cpu(), y.cpu())
+
+
 def test_a_ready_launch_takes_new_pointers(device: str) -> None:
     if device == "cpu" and isinstance(_axpy_kernel, triton.runtime.JITFunction):
         pytest.skip("kernels are compiled here, for the GPU")

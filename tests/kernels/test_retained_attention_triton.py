@@ -20,7 +20,10 @@ attention = import_module(f"{PACKAGE}.attention")
 eviction = import_module(f"{PACKAGE}.eviction")
 lists = import_module(f"{PACKAGE}.lists")
 layout = import_module(f"{PACKAGE}.layout")
+forward = import_module(f"{PACKAGE}.forward")
+backward = import_module(f"{PACKAGE}.backward")
 reference = import_module(f"{PACKAGE}.reference")
+flags = forward.flags
 tiles = import_module(f"{PACKAGE}.tiles")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,6 +159,10 @@ CASES = {
     "continued after a short text": Case(30, layout="continued short", prefix=4, sinks=2),
     "continued after a short text, capped": Case(30, layout="continued short", prefix=4, budget=4),
     "continued, sinks alone": Case(30, layout="continued", prefix=2, scored=False),
+    # Half precision keeps the parts of a row's sum and pivot apart; bf16 has no products in the interpreter.
+    "halves": Case(50, group=3, dtype=torch.float16),
+    "halves, capped and padded": Case(50, layout="padded", budget=6, dtype=torch.float16),
+    "halves, documents": Case(60, layout="documents", dtype=torch.float16),
 }
 
 
@@ -312,7 +319,9 @@ def test_memory_of_the_lists_is_linear_in_the_tokens() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("time", [1, 63, 64, 65, 1000, 4097])
-@pytest.mark.parametrize(("size", "group"), [(64, 3), (64, 1), (96, 4), (128, 4), (128, 7), (256, 2), (32, 16)])
+@pytest.mark.parametrize(
+    ("size", "group"), [(64, 3), (64, 1), (96, 4), (128, 4), (128, 7), (256, 2), (32, 4), (32, 16)]
+)
 def test_every_tile_of_the_table(dtype: torch.dtype, time: int, size: int, group: int) -> None:
     case = Case(time, group=group, size=size, window=70, dtype=dtype, batch=1 if time >= 1000 else 2)
     if time > 1000:  # the reference's matrices
@@ -324,11 +333,32 @@ def test_every_tile_of_the_table(dtype: torch.dtype, time: int, size: int, group
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("budget", [None, 100])
-@pytest.mark.parametrize("layout", ["plain", "padded", "documents", "continued"])
+@pytest.mark.parametrize("layout", ["plain", "padded", "documents", "continued", "continued short"])
 @pytest.mark.parametrize("positive", [0.0, 0.2, 1.0])
 def test_every_layout(dtype: torch.dtype, budget: int | None, layout: str, positive: float) -> None:
     case = Case(700, size=64, window=90, budget=budget, layout=layout, positive=positive, prefix=80, dtype=dtype)
     assert_kernels_agree(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_largest_group(size: int) -> None:
+    assert_kernels_agree(Case(65, heads=1, group=64, size=size, window=20, budget=12, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_other_gpus_than_hopper(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "is_hopper", lambda device: False)
+    monkeypatch.setattr(attention, "plan_of", lru_cache(plan.Plan))
+    assert_kernels_agree(Case(300, size=size, window=70, budget=40, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", ["plain", "padded", "documents", "continued"])
+def test_offsets_of_64_bits(layout: str, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "flags", lambda *given: {**flags(*given), "LONG": True})
+    assert_kernels_agree(Case(30, group=3, layout=layout, budget=5, prefix=4))
 
 
 @pytest.mark.gpu

@@ -260,3 +260,17 @@ def test_a_padded_prompt_wants_its_mask_from_then_on(project):
             model(TOKENS[:, :1], past_key_values=cache)
         longer = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), dim=1)
         model(TOKENS[:, :1], attention_mask=longer, past_key_values=cache)
+
+
+def test_a_cache_goes_by_both_names(project):
+    model = load_hybrid(project / "converted", dtype=torch.float32)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    mask = torch.ones_like(TOKENS)
+    with torch.no_grad():
+        for first, last in ((0, 5), (5, TOKENS.shape[1])):
+            options = {"input_ids": TOKENS[:, first:last], "attention_mask": mask[:, :last]}
+            one = model.model(**options, cache=caches[0]).last_hidden_state
+            other = model.model(**options, past_key_values=caches[1]).last_hidden_state
+            assert torch.equal(one, other)
+        with pytest.raises(UsageError, match="two names of one argument"):
+            model.model(TOKENS, cache=caches[0], past_key_values=caches[0])

@@ -127,7 +127,6 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, sinks: int, cal
         offset=keys - time,
         prefix=call.prefix,
         padded=call.vectors.query_start is not None,
-        documents=call.vectors.document is not None,
     )
     return plan_of(
         PlanKey(

@@ -258,6 +258,7 @@ def _forward_kernel(
             sums, minus, output = _attend_tile(
                 q, k, v, sums, minus, output, scale, row, column, column, False, PRECISION, VOTE, QUADS
             )
+        # Not pipelined: that costs more to start than these few tiles gain, and keeps registers from the others.
         for at in tl.range(full, end, BLOCK_N, num_stages=1):
             column = tl.load(columns_ptr + tl.minimum(at + columns, end - 1))
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)

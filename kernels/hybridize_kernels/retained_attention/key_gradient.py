@@ -16,7 +16,7 @@ def part_kernel(
     k_ptr,
     v_ptr,
     d_output_ptr,
-    rows_ptr,  # [2, B·H, T, G]
+    rows_ptr,  # [2, B·H, T, G]: log-sum-exps in base 2, +inf of rows that see nothing, and deltas
     parts_ptr,  # [B·H, part_rows, 2, D], written: dk and dv of a retained key from one part of its queries
     query_start_ptr,
     columns_ptr,
@@ -147,7 +147,7 @@ def key_kernel(
     k_ptr,
     v_ptr,
     d_output_ptr,
-    rows_ptr,  # [2, B·H, T, G]
+    rows_ptr,  # [2, B·H, T, G]: as above
     parts_ptr,  # [B·H, part_rows, 2, D]
     dk_ptr,  # [B, S, H, D] contiguous
     dv_ptr,

@@ -37,7 +37,10 @@ def _rows_tile(
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The queries `[first, end)`, at most BLOCK_M // G, in dk (without its factor scale) and dv of a tile of keys."""
+    """The queries `[first, end)`, at most BLOCK_M // G, in dk (without its factor scale) and dv of a tile of keys.
+
+    lse_ptr and delta_ptr: `[T, G]` of this (b, h), the log-sum-exp in base 2; see `query_gradient`.
+    """
     lanes = tl.arange(0, BLOCK_M)
     member = lanes % G
     lane_row = lanes // G

@@ -26,7 +26,7 @@ class Geometry(NamedTuple):
 
     Attributes:
         offset: column of query row 0. prefix: columns before this one are outside every window.
-        padded: whether there are vectors. documents: whether they are those of packed documents.
+        padded: whether there are vectors.
     """
 
     batch: int
@@ -39,7 +39,6 @@ class Geometry(NamedTuple):
     offset: int
     prefix: int
     padded: bool = False
-    documents: bool = False
 
 
 class Vectors(NamedTuple):

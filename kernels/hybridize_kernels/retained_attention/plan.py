@@ -33,7 +33,8 @@ class PlanKey(NamedTuple):
     """What a plan depends on.
 
     Attributes:
-        strides: of q, k and v. score_strides: of the scores that the lists are made of; None: sinks only.
+        geometry: sizes. dtype, strides: of q, k and v.
+        score_strides, score_dtype: of the scores that the lists are made of; None: sinks only.
         sinks, budget: as in retained_attention. scale: on q·k.
         device: index of the GPU, −1 for the CPU. tiles: the override of the table of tiles.
     """

@@ -152,6 +152,7 @@ def query_kernel(
             column = tl.load(columns_ptr + at + columns)
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
             dq = _query_tile(q, k, v, d_output, lse, delta, dq, scale2, row, column, column, False, PRECISION)
+        # Not pipelined: that costs more to start than these few tiles gain, and keeps registers from the others.
         for at in tl.range(full, end, BLOCK_N, num_stages=1):
             column = tl.load(columns_ptr + tl.minimum(at + columns, end - 1))
             k, v = load_keys(k_ptr, v_ptr, k_stride_t, v_stride_t, column, features, D, BLOCK_D, LONG)
