@@ -14,6 +14,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=CUDA or ["cpu"])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton kernels run on this machine: compiled on its GPU, or else interpreted on the CPU."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN, so that what is never written shows."""
