@@ -66,9 +66,14 @@ def choose(
     return "eager"
 
 
+def is_nvidia() -> bool:
+    """Whether the GPUs that this torch drives are NVIDIA's."""
+    return torch.version.cuda is not None
+
+
 def is_hopper(device: int) -> bool:
-    """Whether the CUDA device of this index is one whose matrix units are Hopper's."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
+    """Whether the GPU of this index (−1: the CPU) has Hopper's matrix units."""
+    return device >= 0 and is_nvidia() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def untraced(run: Callable[..., Result]) -> Callable[..., Result]:

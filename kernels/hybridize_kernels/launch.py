@@ -1,8 +1,8 @@
 """Launch a Triton kernel again without the questions of the first time.
 
 Triton looks at every argument of every launch, and its launcher asks the driver about every pointer; both take longer
-than many of our kernels run. Where numbers, constants and dtypes are known to be the same, here only the alignment of
-the pointers is looked at.
+than many of our kernels run. Where numbers, constants and dtypes are known to be the same, here only the device and the
+alignment of the pointers are looked at.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+from .dispatch import is_nvidia
 
 MOST = 4096
 """Launches remembered by `launch`; texts of ever new lengths make ever new ones."""
@@ -86,9 +88,9 @@ class Launch:
 def launch(
     kernel: Any, grid: tuple[int, ...], pointers: tuple[Tensor, ...], numbers: tuple[int | float, ...], **constants: Any
 ) -> None:
-    """`kernel[grid](*pointers, *numbers, **constants)`, remembered by all that is not an address."""
+    """`kernel[grid](*pointers, *numbers, **constants)` on the pointers' device, remembered by all but the addresses."""
     if not remembers(kernel):
-        kernel[grid](*pointers, *numbers, **constants)
+        Launch(kernel, grid, numbers, constants)(*pointers)
         return
     dtypes = [tensor.dtype for tensor in pointers]
     key = (kernel.fn, pointers[0].get_device(), *dtypes, grid, numbers, *constants, *constants.values())
@@ -102,7 +104,7 @@ def launch(
 
 def remembers(kernel: Any) -> bool:
     """Interpreted kernels have no compiled code; for AMD's compiler, sizes of tensors matter too."""
-    return torch.version.cuda is not None and isinstance(kernel, JITFunction)
+    return is_nvidia() and isinstance(kernel, JITFunction)
 
 
 def _hooked() -> bool:

@@ -1,5 +1,9 @@
 """Launches that are remembered do what new ones do."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import pytest
 import torch
 import triton
@@ -93,3 +97,37 @@ def test_a_ready_launch_takes_new_pointers(kernel_device: str) -> None:
         ready(x, y)
         assert torch.equal(y[:50], x[:50] * 4)
         assert not y[50:].any()
+
+
+@dataclass
+class Machine:
+    """A machine of several GPUs, as far as a launch looks at it; the kernel notes which one is the current one."""
+
+    current: int = 0
+
+    def __post_init__(self) -> None:
+        self.ran_on: list[int] = []
+
+    def get_device(self) -> int:
+        """As a tensor: it lies on GPU 1."""
+        return 1
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """As a kernel."""
+        return lambda *arguments, **constants: self.ran_on.append(self.current)
+
+    @contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+
+def test_a_launch_runs_on_the_gpu_of_its_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.current)
+    monkeypatch.setattr(torch.cuda, "device", machine.device)
+    Launch(machine, (1,), (), {})(machine)
+    launch(machine, (1,), (machine,), ())
+    assert machine.ran_on == [1, 1]
+    assert machine.current == 0

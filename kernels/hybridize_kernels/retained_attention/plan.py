@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..dispatch import is_hopper
+from ..dispatch import is_hopper, is_nvidia
 from .backward import BackwardPlan
 from .forward import Strides, forward_launch
 from .layout import Geometry
@@ -76,8 +76,8 @@ class Plan:
             key.strides,
             key.scale,
             self.tiles.forward,
-            on_nvidia=key.device >= 0 and torch.version.cuda is not None,
-            on_hopper=key.device >= 0 and is_hopper(key.device),
+            on_nvidia=key.device >= 0 and is_nvidia(),
+            on_hopper=is_hopper(key.device),
         )
         self._backward: dict[tuple[object, ...], BackwardPlan] = {}
 

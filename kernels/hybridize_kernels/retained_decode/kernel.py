@@ -102,40 +102,39 @@ def retained_decode(
     block, num_warps, num_stages, _ = settings(head_size * keys.element_size())
     splits = num_splits(keys)
     scratch = output if splits == 1 else _scratch(keys, query_heads, splits, workspace)
-    with torch.cuda.device_of(q):
-        # The longest axis goes first: the others end at 65535.
-        launch(
-            _decode_kernel,
-            (batch * heads, splits),
-            (
-                q,
-                k,
-                v,
-                keys,
-                values,
-                last_position if scores is None else scores,
-                last_position if retained_positions is None else retained_positions,
-                last_position if num_retained is None else num_retained,
-                last_position if fresh_score is None else fresh_score.contiguous(),
-                positions,
-                last_position,
-                output,
-                scratch,
-            ),
-            (positions.stride(0), scale * LOG2_E, batch, heads, window, capacity, sinks, margin, splits),
-            G=group,
-            D=head_size,
-            BLOCK_G=max(16, triton.next_power_of_2(group)),  # the fewest rows of a matrix product
-            BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-            BLOCK_S=block,
-            BLOCK_C=min(MAX_SCORES, triton.next_power_of_2(max(capacity, 1))),
-            BLOCK_SPLITS=MAX_SPLITS,
-            SCORED=scores is not None,
-            FRESH=fresh_score is not None,
-            SPLIT=splits > 1,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+    # The longest axis goes first: the others end at 65535.
+    launch(
+        _decode_kernel,
+        (batch * heads, splits),
+        (
+            q,
+            k,
+            v,
+            keys,
+            values,
+            last_position if scores is None else scores,
+            last_position if retained_positions is None else retained_positions,
+            last_position if num_retained is None else num_retained,
+            last_position if fresh_score is None else fresh_score.contiguous(),
+            positions,
+            last_position,
+            output,
+            scratch,
+        ),
+        (positions.stride(0), scale * LOG2_E, batch, heads, window, capacity, sinks, margin, splits),
+        G=group,
+        D=head_size,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),  # the fewest rows of a matrix product
+        BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+        BLOCK_S=block,
+        BLOCK_C=min(MAX_SCORES, triton.next_power_of_2(max(capacity, 1))),
+        BLOCK_SPLITS=MAX_SPLITS,
+        SCORED=scores is not None,
+        FRESH=fresh_score is not None,
+        SPLIT=splits > 1,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
     return output
 
 
