@@ -1,8 +1,8 @@
 """The backward kernels: dq by blocks of queries, dk and dv by tiles of keys. All deterministic.
 
 With p = exp(s − lse), dp = do·v and delta = o·do − d lse: ds = p (dp − delta), dq = scale ds k, dk = scale dsᵀ q,
-dv = pᵀ do. A retained key's queries are split into parts, whose sums in fp32 the window's
-kernel adds to its own in order, so that every key is written once.
+dv = pᵀ do. A retained key's queries are split into parts, whose sums in fp32 the window's kernel adds to its own in
+order, so that every key is written once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class BackwardPlan:
         strides: of q, k, v and the output's gradient, with features side by side.
         score_strides: of the scores `[B, S, H]` whose gradient is asked for, or None.
         has_d_log_sum_exp: whether the log-sum-exp has a gradient, too.
+
+    Attributes:
+        query, part, key: the launches in their order; part is None where nothing can be retained.
+        part_shape: of the partial gradients, or None.
     """
 
     def __init__(

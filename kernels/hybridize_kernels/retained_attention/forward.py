@@ -18,6 +18,7 @@ from .rescale import NOTHING_YET, advance, elements_of_vote, rescale
 from .tiles import Tile, load_keys, load_rows, retained_range, retained_rows, window_range, window_rows
 
 LOG2_E = 1.4426950408889634
+
 Strides = tuple[int, ...]
 """Of rows, tokens and heads; features lie side by side."""
 

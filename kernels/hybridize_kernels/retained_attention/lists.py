@@ -65,6 +65,7 @@ class ListPlan:
         cap: most keys that a query retains, None if nothing is ever evicted.
         width: entries of a chunk's list, 0 without a cap.
         part_rows: rows of partial gradients that (b, h) may need at most.
+        ranking, lifetime, list, chunk_list: the launches in their order; None where a call needs none.
     """
 
     def __init__(
