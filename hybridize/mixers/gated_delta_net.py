@@ -11,7 +11,6 @@ activation follows it, the gate starts at 1, and the half-lives of the heads sta
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -21,12 +20,14 @@ from torch.nn import functional as F
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
-from hybridize_kernels import gated_delta_rule
+from hybridize.mixers.parts.slots import make_writable
+from hybridize_kernels import gated_delta_rule, gated_rms_norm, short_convolution, short_convolution_step
 
 SHORTEST_HALF_LIFE_TOKENS = 1.0
 LONGEST_HALF_LIFE_TOKENS = 256.0
 _INITIAL_BETA = 0.5
 _NORM_EPSILON = 1e-6
+_STEP_TOKENS = 16  # up to so many tokens go into the convolutions' tail in place, in one launch
 
 
 class GatedDeltaNetParameters(nn.Module):
@@ -87,13 +88,9 @@ class GatedDeltaNetParameters(nn.Module):
 
     def finish(self, out: Tensor, hidden_states: Tensor) -> Tensor:
         """Norm, scale and gate of the outputs [B, T, HQ, D], in their dtype even where the parameters are wider."""
-        dtype = out.dtype
-        if self.config.output_norm:
-            out = F.rms_norm(out.float(), out.shape[-1:], eps=_NORM_EPSILON)
-        out = out * self.output_scale
-        if self.output_gate is not None:
-            out = out * (2.0 * torch.sigmoid(self.output_gate(hidden_states))).view_as(out)
-        return out.to(dtype)
+        gate = None if self.output_gate is None else self.output_gate(hidden_states).view_as(out)
+        epsilon = _NORM_EPSILON if self.config.output_norm else None
+        return gated_rms_norm(out, self.output_scale, gate, epsilon=epsilon)
 
 
 class GatedDeltaNet(Mixer):
@@ -156,22 +153,21 @@ class GatedDeltaNet(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, real: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Causal convolution over the real tokens of each row; padding between them is stepped over."""
-        new, tail_tokens, num_tokens = self.new, self.config.short_convolution - 1, q.shape[1]
-        heads = [x.shape[2] for x in (q, k, v)]
-        x = torch.cat((q, k, v), dim=2).flatten(2)  # [B, T, channels]
-        taps = torch.cat((new.q_taps, new.k_taps, new.v_taps)).to(x.dtype)  # [channels, taps]
-        tail = x.new_zeros(x.shape[0], tail_tokens, x.shape[2]) if state is None else state["tail"].to(x.dtype)
-        # Padding is moved to the front, before the tail, so that every real token follows the real one before it.
-        known = torch.cat((real.new_ones(real.shape[0], tail_tokens), real), dim=1)
-        order = known.long().argsort(dim=1, stable=True)  # [B, tail + T]
-        row = torch.arange(x.shape[0], device=x.device)[:, None]
-        x = torch.cat((tail, x * real[..., None]), dim=1)[row, order]
-        if state is not None:
-            state["tail"] = x[:, num_tokens:].contiguous()
-        x = F.pad(x, (0, 0, tail_tokens, 0))
-        # A sum of shifted products: on a CPU twice as fast as a convolution with a group a channel.
-        shifts = (x[:, tap : tap + tail_tokens + num_tokens] * taps[:, tap] for tap in range(taps.shape[1]))
-        out = functools.reduce(torch.add, shifts)
-        out = out[row, order.argsort(dim=1)[:, tail_tokens:]].unflatten(2, (-1, self.geometry.head_size))
-        first, second, third = out.split(heads, dim=2)
+        xs, taps = (q, k, v), (self.new.q_taps, self.new.k_taps, self.new.v_taps)
+        known = real if self.padded else None
+        if state is None:
+            first, second, third = (short_convolution(x, w, real=known)[0] for x, w in zip(xs, taps, strict=True))
+            return first, second, third
+        make_writable(state.tensors)
+        tail = state["tail"]
+        if q.shape[1] <= _STEP_TOKENS and not torch.is_grad_enabled():
+            first, second, third = short_convolution_step(xs, taps, tail, known)
+            return first, second, third
+        parts = tail.split([weight.shape[0] for weight in taps], dim=2)
+        results = [
+            short_convolution(x, weight, tail=part, real=known, output_tail=True)
+            for x, weight, part in zip(xs, taps, parts, strict=True)
+        ]
+        state["tail"] = torch.cat([after for _, after in results if after is not None], dim=2).to(tail.dtype)
+        first, second, third = (y for y, _ in results)
         return first, second, third

@@ -99,6 +99,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "of_matmul",
         "gbs",
         "of_copy",
+        "floor_ms",
+        "bound",
         "ns_per_token",
         "step_bytes_per_token",
         "peak_gib",

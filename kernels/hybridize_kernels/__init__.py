@@ -6,10 +6,12 @@ Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads,
 from .column_statistics import attention_log_sum_exp, column_statistics
 from .dispatch import use_implementation
 from .distillation_loss import distillation_loss
-from .gated_delta_rule import gated_delta_rule
+from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from .gated_rms_norm import gated_rms_norm
 from .native_sparse_attention import native_sparse_attention
 from .retained_attention import eviction_position, retained_attention
 from .retained_decode import retained_decode
+from .short_convolution import short_convolution, short_convolution_step
 from .token_scorer import token_scorer, token_scorer_step
 
 __all__ = [
@@ -18,9 +20,13 @@ __all__ = [
     "distillation_loss",
     "eviction_position",
     "gated_delta_rule",
+    "gated_delta_rule_step",
+    "gated_rms_norm",
     "native_sparse_attention",
     "retained_attention",
     "retained_decode",
+    "short_convolution",
+    "short_convolution_step",
     "token_scorer",
     "token_scorer_step",
     "use_implementation",

@@ -76,6 +76,11 @@ def is_hopper(device: int) -> bool:
     return device >= 0 and is_nvidia() and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def multiprocessors(device: int) -> int:
+    """How many programs the GPU of this index (−1: the CPU) runs side by side at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
 def untraced(run: Callable[..., Result]) -> Callable[..., Result]:
     """`run` as it is, or while torch.compile traces, in a form that it calls and does not look into."""
     return torch.compiler.disable(run) if torch.compiler.is_compiling() else run

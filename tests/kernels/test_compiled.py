@@ -10,8 +10,11 @@ from hybridize_kernels import (
     attention_log_sum_exp,
     column_statistics,
     gated_delta_rule,
+    gated_rms_norm,
     retained_attention,
     retained_decode,
+    short_convolution,
+    short_convolution_step,
     token_scorer,
     use_implementation,
 )
@@ -49,6 +52,21 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return gated_delta_rule(q[:, :1, :HEADS], k[:, :1], v[:, :1], gate - 0.1, gate + 0.5, initial_state=state)[0]
 
 
+def convolve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return short_convolution(q, torch.ones(2 * HEADS * SIZE, 4, device=q.device), activation="silu")[0]
+
+
+def convolve_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    taps = torch.ones(HEADS * SIZE, 4, device=q.device)
+    tail = torch.zeros(1, 3, 2 * HEADS * SIZE, device=q.device)
+    first, second = short_convolution_step((k[:, :1], v[:, :1]), (taps, taps), tail)
+    return first + second + tail.sum()
+
+
+def normalise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return gated_rms_norm(k, torch.ones(HEADS, SIZE, device=k.device), v)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     torch.compiler.reset()
@@ -58,7 +76,7 @@ def inputs(device: str) -> list[Tensor]:
     return [torch.randn(1, TOKENS, heads, SIZE, device=device) for heads in (2 * HEADS, HEADS, HEADS)]
 
 
-@pytest.mark.parametrize("call", [attend, statistics, score, decode, recurrent])
+@pytest.mark.parametrize("call", [attend, statistics, score, decode, recurrent, convolve, convolve_step, normalise])
 def test_a_compiled_call_is_the_same(call: Callable[..., Tensor], kernel_device: str) -> None:
     def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return call(q * 2, k, v) + 1
@@ -68,9 +86,10 @@ def test_a_compiled_call_is_the_same(call: Callable[..., Tensor], kernel_device:
         assert torch.equal(torch.compile(around, backend="eager")(*given), around(*given))
 
 
-def test_a_compiled_call_has_the_same_gradient(kernel_device: str) -> None:
+@pytest.mark.parametrize("call", [attend, convolve, normalise])
+def test_a_compiled_call_has_the_same_gradient(call: Callable[..., Tensor], kernel_device: str) -> None:
     def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q * 2, k, v).square().mean()
+        return call(q * 2, k * 3, v * 0.5).square().mean() + (q.mean() + k.mean() + v.mean())
 
     given = [x.requires_grad_() for x in inputs(kernel_device)]
     with use_implementation("triton"):

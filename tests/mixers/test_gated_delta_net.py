@@ -202,3 +202,18 @@ def test_the_plan_counts_the_new_parameters_rightly(config: GatedDeltaNetConfig,
 def test_refuses_a_convolution_of_no_use(taps: int) -> None:
     with pytest.raises(RecipeError, match=r"gated_delta_net\.short_convolution"):
         GatedDeltaNetConfig(short_convolution=taps)
+
+
+def test_a_step_writes_the_tail_in_place_even_after_a_prompt_in_inference_mode() -> None:
+    layer = OneLayer(EVERYTHING)
+    layer.disturb()
+    x = layer.hidden_states(2, 12)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        outputs = [layer(x[:, :8], cache)]
+    with torch.no_grad():
+        outputs.append(layer(x[:, 8:9], cache))
+        address = cache.layers[LAYER]["tail"].data_ptr()
+        outputs += [layer(x[:, t : t + 1], cache) for t in range(9, 12)]
+        torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x), **TOLERANCE)
+    assert cache.layers[LAYER]["tail"].data_ptr() == address

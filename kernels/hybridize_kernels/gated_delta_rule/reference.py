@@ -1,5 +1,7 @@
 """The gated delta rule as its equation reads: one token after the other."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,28 +17,34 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     normalize_qk: bool = False,
+    cu_seqlens: Tensor | None = None,
+    store_states: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """See `hybridize_kernels.gated_delta_rule`; the loop below is what the other forms must equal."""
-    batch, time, heads, key_size = q.shape
-    value_heads, value_size = v.shape[2:]
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    heads, key_size, value_size = log_decay.shape[2], q.shape[-1], v.shape[-1]
     scale = key_size**-0.5 if scale is None else scale
+    # (row, begin, end) of each sequence
+    sequences = [(row, 0, q.shape[1]) for row in range(q.shape[0])]
+    if cu_seqlens is not None:
+        sequences = [(0, begin, end) for begin, end in pairwise(cu_seqlens.tolist())]
 
     q, k = q.to(dtype), k.to(dtype)
     if normalize_qk:
         q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-    q = q.repeat_interleave(value_heads // heads, dim=2)  # [B, T, HV, K]
-    k = k.repeat_interleave(value_heads // heads, dim=2)
-    decay = log_decay.to(dtype).exp()
+    q, k, values = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v.to(dtype)))
+    decay, beta = log_decay.to(dtype).exp(), beta.to(dtype)
 
-    state = q.new_zeros(batch, value_heads, key_size, value_size) if initial_state is None else initial_state.to(dtype)
-    outputs = [v.new_zeros(batch, 0, value_heads, value_size)]
-    for t in range(time):
-        state = decay[:, t, :, None, None] * state
-        read = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        delta = beta[:, t, :, None].to(dtype) * (v[:, t].to(dtype) - read)
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], delta)
-        output = scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t])
-        outputs.append(output.to(v.dtype)[:, None])
-    return torch.cat(outputs, dim=1), state if output_final_state else None
+    outputs, states = [q.new_zeros(0, heads, value_size)], []
+    for n, (row, begin, end) in enumerate(sequences):
+        state = q.new_zeros(heads, key_size, value_size) if initial_state is None else initial_state[n].to(dtype)
+        for t in range(begin, end):
+            state = decay[row, t, :, None, None] * state
+            read = torch.einsum("hkv,hk->hv", state, k[row, t])
+            delta = beta[row, t, :, None] * (values[row, t] - read)
+            state = state + torch.einsum("hk,hv->hkv", k[row, t], delta)
+            outputs.append(scale * torch.einsum("hkv,hk->hv", state, q[row, t])[None])
+        states.append(state)
+    output = torch.cat(outputs).view(*q.shape[:2], heads, value_size).to(v.dtype)
+    return output, torch.stack(states) if output_final_state else None

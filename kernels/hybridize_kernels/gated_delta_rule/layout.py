@@ -1,0 +1,139 @@
+"""Where chunks and segments lie: the tables that every kernel of the chunked form reads.
+
+A sequence is cut into chunks of C tokens, each sequence from its own beginning, and into segments of whole chunks, one
+a sequence or, where the heads alone would leave the GPU idle, several. Packed and equally long sequences differ in
+nothing but these tables, which are made on the device: no length is ever asked for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class Shape(NamedTuple):
+    """Sizes of a call.
+
+    Attributes:
+        query_heads, key_heads, value_heads: each divides state_heads.
+        state_heads: HS; one state `[key_size, value_size]` each.
+    """
+
+    query_heads: int
+    key_heads: int
+    value_heads: int
+    state_heads: int
+    key_size: int
+    value_size: int
+
+
+class Tables(NamedTuple):
+    """int32 tables on the device; rows that nothing uses hold no tokens.
+
+    Attributes:
+        chunk: C.
+        chunks: [NC, 2] first token among all B·T, number of tokens.
+        segments: [NS, 6] first chunk, number of chunks, first token, end of the sequence's tokens, the sequence if
+            this is its first segment else −1, the sequence if this is its last segment else −1.
+        sequences: [N, 2] first segment, number of segments.
+        split: whether any sequence may have several segments.
+    """
+
+    chunk: int
+    chunks: Tensor
+    segments: Tensor
+    sequences: Tensor
+    split: bool
+
+
+def tables(
+    batch: int,
+    time: int,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    *,
+    chunk: int,
+    segment_chunks: int | None = None,
+) -> Tables:
+    """The tables of B rows of T tokens, or of the sequences packed into one row.
+
+    Args:
+        chunk: tokens of a chunk.
+        cu_seqlens: [N + 1] where the packed sequences begin and end, or None.
+        segment_chunks: chunks of a segment; None: a sequence is one segment.
+    """
+    if cu_seqlens is None:
+        return _uniform(batch, time, device, chunk, segment_chunks)
+    if cu_seqlens.is_inference() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        # Nobody counts the changes of the one; and what is captured must follow the numbers it is replayed with.
+        return _packed(cu_seqlens, time, device, chunk, segment_chunks)
+    # The layers of a model are all called with the same tensor.
+    known: dict[tuple[Any, ...], Tables] = _known.setdefault(cu_seqlens, {})
+    key = (cu_seqlens._version, time, device, chunk, segment_chunks)
+    if key not in known:
+        known.clear()
+        known[key] = _packed(cu_seqlens, time, device, chunk, segment_chunks)
+    return known[key]
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
+    num_sequences = cu_seqlens.numel() - 1
+    # A sequence wastes less than one chunk, and less than one segment.
+    max_chunks = time // chunk + num_sequences
+    max_segments = num_sequences + (0 if segment_chunks is None else max_chunks // segment_chunks)
+    return _make(cu_seqlens.to(device).long(), chunk, max_chunks, max_segments, segment_chunks)
+
+
+@lru_cache(maxsize=512)
+def _uniform(batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
+    chunks = -(-time // chunk)
+    segments = 1 if segment_chunks is None else max(1, -(-chunks // segment_chunks))
+    ends = torch.arange(batch + 1, device=device) * time
+    return _make(ends, chunk, batch * chunks, batch * segments, segment_chunks if segments > 1 else None)
+
+
+def _make(ends: Tensor, chunk: int, max_chunks: int, max_segments: int, segment_chunks: int | None) -> Tables:
+    starts, ends = ends[:-1], ends[1:]
+    counts = (ends - starts + chunk - 1) // chunk
+    sequence, index, used = _pieces(counts, max_chunks)
+    first = starts[sequence] + index * chunk
+    tokens = torch.where(used, (ends[sequence] - first).clamp(0, chunk), 0)
+    chunks = torch.stack((first, tokens), dim=1)
+
+    size = 2**31 if segment_chunks is None else segment_chunks
+    # A sequence without tokens has a segment too: its state passes through.
+    segment_counts = ((counts + size - 1) // size).clamp(min=1)
+    sequence, index, used = _pieces(segment_counts, max_segments)
+    num_chunks = torch.where(used, (counts[sequence] - index * size).clamp(0, size), 0)
+    is_last = index == segment_counts[sequence] - 1
+    nowhere = torch.full_like(sequence, -1)
+    segments = torch.stack(
+        (
+            (counts.cumsum(0) - counts)[sequence] + index * size,
+            num_chunks,
+            starts[sequence] + index * size * chunk,
+            ends[sequence],
+            torch.where(used & (index == 0), sequence, nowhere),
+            torch.where(used & is_last, sequence, nowhere),
+        ),
+        dim=1,
+    )
+    sequences = torch.stack((segment_counts.cumsum(0) - segment_counts, segment_counts), dim=1)
+    return Tables(chunk, chunks.int(), segments.int(), sequences.int(), segment_chunks is not None)
+
+
+def _pieces(counts: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `most` pieces, counts[n] of them the n-th sequence's: its sequence, its place there, and if there is one."""
+    ends = counts.cumsum(0)
+    ids = torch.arange(most, device=counts.device)
+    sequence = torch.searchsorted(ends, ids, right=True)
+    used = sequence < counts.numel()
+    sequence = sequence.clamp(max=counts.numel() - 1)
+    return sequence, torch.where(used, ids - (ends - counts)[sequence], 0), used

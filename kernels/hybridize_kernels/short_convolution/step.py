@@ -1,0 +1,195 @@
+"""A few tokens of a short convolution as one Triton launch for several texts, their common tail updated in place.
+
+A program owns some channels of one text of a row. It reads the tail and the tokens, and writes the tail when all of its
+threads have read it; no other program looks at these channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from .tiles import channel_block
+
+CHANNELS = 256
+"""Of a program, at most; more channels leave processors idle at batch 1."""
+
+WARPS = 2
+
+
+def short_convolution_step(
+    xs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    tail: Tensor,
+    real: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> tuple[Tensor, ...]:
+    """See `hybridize_kernels.short_convolution_step`; for at most three texts of one dtype."""
+    batch, time = xs[0].shape[:2]
+    xs = [x.contiguous() for x in xs]
+    taps = [weight.contiguous() for weight in taps]
+    ys = tuple(torch.empty_like(x) for x in xs)
+    channels = [weight.shape[0] for weight in taps]
+    num_taps = taps[0].shape[1]
+    block = min(channel_block(size, CHANNELS) for size in channels)
+    channels += [0] * (3 - len(xs))
+    blocks = sum(triton.cdiv(size, block) for size in channels)
+
+    def three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        first, second, third = (*tensors, tensors[0], tensors[0])[:3]
+        return first, second, third
+
+    launch(
+        _step_kernel,
+        (batch * blocks,),
+        (*three(xs), *three(taps), *three(ys), tail, xs[0] if real is None else real.contiguous()),
+        (time,),
+        C0=channels[0],
+        C1=channels[1],
+        C2=channels[2],
+        N=num_taps,
+        BLOCK_T=triton.next_power_of_2(time),
+        BLOCK_N=triton.next_power_of_2(num_taps),
+        BLOCK_C=block,
+        SILU=activation == "silu",
+        PADDED=real is not None,
+        num_warps=WARPS,
+    )
+    return ys
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_token(
+    x_ptr,  # [T, C] of this row
+    tail_ptr,  # [N − 1, WIDTH] of this row, from this text's first channel on
+    rank,  # [R]
+    known,  # [R] bool
+    columns,  # [BLOCK_T], place of a token among the real ones, or −1
+    channels,
+    in_c,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The real tokens of these ranks [R, BLOCK_C] in fp32, those below 0 from the tail."""
+    column = rank
+    if PADDED:
+        # Where among the tokens of the step the one of this rank lies.
+        same = columns[None, :] == rank[:, None]
+        column = tl.sum(tl.where(same, tl.arange(0, BLOCK_T)[None, :], 0), axis=1)
+    new = (known & (rank >= 0))[:, None] & in_c[None, :]
+    x = tl.load(x_ptr + column[:, None] * C + channels[None, :], mask=new, other=0.0).to(tl.float32)
+    old = (known & (rank < 0))[:, None] & in_c[None, :]
+    at = (rank + (N - 1))[:, None] * WIDTH + channels[None, :]
+    return x + tl.load(tail_ptr + at, mask=old, other=0.0).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolve(
+    x_ptr,  # [B, T, C]
+    taps_ptr,  # [C, N]
+    y_ptr,  # [B, T, C]
+    tail_ptr,  # [B, N − 1, WIDTH], from this text's first channel on
+    real_ptr,  # [B, T]
+    row,
+    block,
+    time,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = channels < C
+    t = tl.arange(0, BLOCK_T)
+    x_ptr += row * time * C
+    y_ptr += row * time * C
+    tail_ptr += row * (N - 1) * WIDTH
+    is_real = t < time
+    rank = t
+    count = time
+    if PADDED:
+        is_real = tl.load(real_ptr + row * time + t, mask=t < time, other=0).to(tl.int32) != 0
+        rank = tl.cumsum(is_real.to(tl.int32), axis=0) - 1
+        count = tl.sum(is_real.to(tl.int32), axis=0)
+    columns = tl.where(is_real, rank, -1)
+
+    y = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+    for back in tl.static_range(N):
+        weight = tl.load(taps_ptr + channels * N + (N - 1 - back), mask=in_c, other=0.0).to(tl.float32)
+        y += weight[None, :] * _load_token(
+            x_ptr, tail_ptr, rank - back, is_real, columns, channels, in_c, C, WIDTH, N, BLOCK_T, PADDED
+        )
+    if SILU:
+        y = y * tl.sigmoid(y)
+    at = t[:, None] * C + channels[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(t < time)[:, None] & in_c[None, :])
+
+    slot = tl.arange(0, BLOCK_N)
+    held = slot < N - 1
+    after = _load_token(
+        x_ptr, tail_ptr, slot + count - (N - 1), held, columns, channels, in_c, C, WIDTH, N, BLOCK_T, PADDED
+    )
+    tl.debug_barrier()  # all of the tail is read before any of it is written
+    at = slot[:, None] * WIDTH + channels[None, :]
+    tl.store(tail_ptr + at, after.to(tail_ptr.dtype.element_ty), mask=held[:, None] & in_c[None, :])
+
+
+@triton.jit(do_not_specialize=["time"])  # type: ignore[untyped-decorator]
+def _step_kernel(
+    x0_ptr,  # [B, T, C0]
+    x1_ptr,
+    x2_ptr,
+    taps0_ptr,  # [C0, N]
+    taps1_ptr,
+    taps2_ptr,
+    y0_ptr,  # [B, T, C0]
+    y1_ptr,
+    y2_ptr,
+    tail_ptr,  # [B, N − 1, C0 + C1 + C2]
+    real_ptr,  # [B, T]
+    time,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    blocks0: tl.constexpr = (C0 + BLOCK_C - 1) // BLOCK_C
+    blocks1: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    blocks2: tl.constexpr = (C2 + BLOCK_C - 1) // BLOCK_C
+    blocks: tl.constexpr = blocks0 + blocks1 + blocks2
+    WIDTH: tl.constexpr = C0 + C1 + C2
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    if block < blocks0:
+        _convolve(
+            x0_ptr, taps0_ptr, y0_ptr, tail_ptr, real_ptr, row, block, time,
+            C0, WIDTH, N, BLOCK_T, BLOCK_N, BLOCK_C, SILU, PADDED,
+        )  # fmt: skip
+    elif block < blocks0 + blocks1:
+        _convolve(
+            x1_ptr, taps1_ptr, y1_ptr, tail_ptr + C0, real_ptr, row, block - blocks0, time,
+            C1, WIDTH, N, BLOCK_T, BLOCK_N, BLOCK_C, SILU, PADDED,
+        )  # fmt: skip
+    else:
+        _convolve(
+            x2_ptr, taps2_ptr, y2_ptr, tail_ptr + (C0 + C1), real_ptr, row, block - (blocks0 + blocks1), time,
+            C2, WIDTH, N, BLOCK_T, BLOCK_N, BLOCK_C, SILU, PADDED,
+        )  # fmt: skip

@@ -1,0 +1,231 @@
+"""Short causal convolutions: eager and Triton against the loop, texts in parts, steps in place."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridize_kernels import short_convolution, short_convolution_step, use_implementation
+from hybridize_kernels.dispatch import IMPLEMENTATIONS
+from hybridize_kernels.short_convolution.tiles import VARIABLE
+from tests.kernels.tolerances import GRADIENT, OUTPUT, assert_close, assert_form_agrees
+
+SMALL_TILES = "forward=512,8,1,8;backward=256,4,1,8"
+"""Several tiles a program, and several programs along the longer texts."""
+
+PATTERNS = {
+    "none": None,
+    "left": lambda t, row: t >= 3 * row + 2,
+    "between": lambda t, row: (t % (row + 3) > 0) & (t != 4),
+    "all": lambda t, row: (t >= 0) & (row == 1),
+}
+
+
+def make_inputs(time, heads=2, size=5, taps=4, *, batch=2, tail=True, dtype=torch.float64, device="cpu"):
+    shapes = [(batch, time, heads, size), (heads * size, taps), (batch, taps - 1, heads * size)]
+    return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes[: 2 + tail]]
+
+
+def make_real(pattern, time, batch=2, device="cpu"):
+    column = torch.arange(time, device=device)
+    rule = PATTERNS[pattern]
+    return None if rule is None else torch.stack([rule(column, row) for row in range(batch)])
+
+
+def convolve(x, taps, tail=None, **options):
+    return short_convolution(x, taps, tail=tail, output_tail=True, **options)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("time", [0, 1, 2, 15, 33])
+@pytest.mark.parametrize(("dtype", "tail"), [(torch.float64, True), (torch.float32, False)])
+def test_outputs_tails_and_gradients_equal_the_loop(pattern, time, dtype, tail, device):
+    inputs = make_inputs(time, dtype=dtype, tail=tail, device=device)
+    activation = "silu" if time % 2 else None
+    assert_form_agrees(partial(convolve, real=make_real(pattern, time, device=device), activation=activation), inputs)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("time", "heads", "size", "taps", "tail", "activation"),
+    [
+        (1, 1, 60, 4, True, None),
+        (2, 2, 96, 2, False, "silu"),
+        (15, 1, 60, 4, True, "silu"),
+        (33, 2, 5, 5, True, "silu"),
+        (64, 1, 20, 4, False, None),
+        (21, 3, 6, 16, True, None),
+    ],
+)
+def test_the_kernels_equal_the_loop(pattern, time, heads, size, taps, tail, activation, kernel_device, monkeypatch):
+    monkeypatch.setenv(VARIABLE, SMALL_TILES)
+    inputs = make_inputs(time, heads, size, taps, tail=tail, dtype=torch.float32, device=kernel_device)
+    real = make_real(pattern, time, device=kernel_device)
+    assert_form_agrees(partial(convolve, real=real, activation=activation), inputs, form="triton")
+
+
+def test_the_kernels_take_halves_and_wide_taps(kernel_device):
+    x, taps, tail = make_inputs(20, dtype=torch.float16, device=kernel_device)
+    assert_form_agrees(convolve, [x, taps, tail], form="triton")
+    for leaf in (x, taps := taps.float(), tail := tail.float()):
+        leaf.requires_grad_()
+    with use_implementation("triton"):
+        y, after = convolve(x, taps, tail)
+    assert y.dtype == after.dtype == torch.float16
+    gradients = torch.autograd.grad(y.float().sum() + after.float().sum(), (x, taps, tail))
+    assert [g.dtype for g in gradients] == [torch.float16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_padding_is_stepped_over_and_not_read(form, kernel_device):
+    real = make_real("between", 12, device=kernel_device)
+    x, taps, tail = make_inputs(12, dtype=torch.float32, device=kernel_device)
+    x[~real] = torch.nan
+    with use_implementation(form):
+        y, after = convolve(x, taps, tail, real=real)
+        for row in range(2):
+            alone, alone_after = convolve(x[row : row + 1, real[row]], taps, tail[row : row + 1])
+            assert_close("output", y[row, real[row]], alone[0], OUTPUT[torch.float32])
+            assert torch.equal(after[row], alone_after[0])
+    assert not y[~real].any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.integers(2, 6),
+    st.sampled_from(["none", "left", "between", "all"]),
+    st.sampled_from(["reference", "eager"]),
+    st.sampled_from([None, "silu"]),
+    st.integers(0, 99),
+)
+def test_a_text_in_two_parts_equals_it_in_one(first, second, taps, pattern, form, activation, seed):
+    torch.manual_seed(seed)
+    x, weights, tail = make_inputs(first + second, 2, 3, taps)
+    real = make_real(pattern, first + second)
+    head_real, tail_real = (None, None) if real is None else (real[:, :first], real[:, first:])
+    with use_implementation(form):
+        whole, whole_after = convolve(x, weights, tail, real=real, activation=activation)
+        head, between = convolve(x[:, :first], weights, tail, real=head_real, activation=activation)
+        rest, after = convolve(x[:, first:], weights, between, real=tail_real, activation=activation)
+    assert_close("output", torch.cat((head, rest), dim=1), whole, OUTPUT[torch.float64])
+    assert torch.equal(after, whole_after)
+
+
+@pytest.mark.parametrize("form", ["eager", "triton"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("time", [1, 2, 7, 16])
+@pytest.mark.parametrize(("heads", "size", "taps"), [((3, 1, 1), 60, 4), ((2, 2), 5, 16), ((1,), 96, 2)])
+def test_steps_equal_the_loop_and_leave_the_same_tail(form, pattern, time, heads, size, taps, kernel_device):
+    dtype = torch.float32
+    drawn = [make_inputs(time, count, size, taps, dtype=dtype, device=kernel_device) for count in heads]
+    xs, weights, tails = zip(*drawn, strict=True)
+    tail, real = torch.cat(tails, dim=2), make_real(pattern, time, device=kernel_device)
+    expected_tail, address = tail.clone(), tail.data_ptr()
+    activation = None if time % 2 else "silu"
+    with use_implementation("reference"):
+        expected = short_convolution_step(xs, weights, expected_tail, real, activation=activation)
+    with use_implementation(form):
+        ys = short_convolution_step(xs, weights, tail, real, activation=activation)
+    for y, other in zip(ys, expected, strict=True):
+        assert_close("output", y, other, OUTPUT[dtype])
+    assert torch.equal(tail, expected_tail)
+    assert tail.data_ptr() == address
+
+
+def test_without_a_tail_asked_for_there_is_none(kernel_device):
+    x, taps = make_inputs(5, tail=False, dtype=torch.float32, device=kernel_device)
+    for form in IMPLEMENTATIONS:
+        with use_implementation(form):
+            assert short_convolution(x, taps)[1] is None
+
+
+def test_inputs_need_not_be_contiguous_and_frozen_ones_get_no_gradient(kernel_device):
+    x, taps, tail = (a.requires_grad_() for a in make_inputs(9, dtype=torch.float32, device=kernel_device))
+    wide = torch.cat((x, x), dim=-1).detach()[..., :5].requires_grad_()
+    apart = torch.cat((tail, tail), dim=-1).detach()[..., :10].requires_grad_()
+    with use_implementation("triton"):
+        y, _ = convolve(x, taps, tail)
+        assert torch.equal(convolve(wide, taps.t().contiguous().t(), apart)[0], y)
+        both = torch.autograd.grad(y.square().sum(), (x, taps, tail))
+        for leaf, gradient in zip((x, taps, tail), both, strict=True):
+            others = [a if a is leaf else a.detach() for a in (x, taps, tail)]
+            assert torch.equal(torch.autograd.grad(convolve(*others)[0].square().sum(), leaf)[0], gradient)
+        assert torch.autograd.grad(convolve(x, taps, tail)[1].sum(), x)[0].sum() == 2 * 3 * 10  # of the tail alone
+
+
+@pytest.mark.parametrize("name", ["taps", "tail", "real", "activation", "x", "many taps"])
+def test_misshapen_inputs_are_named(name):
+    x, taps, tail = make_inputs(4)
+    options = {
+        "taps": ((x, taps[1:]), {}),
+        "tail": ((x, taps), {"tail": tail[:, 1:]}),
+        "real": ((x, taps), {"real": torch.ones(2, 5, dtype=torch.bool)}),
+        "activation": ((x, taps), {"activation": "relu"}),
+        "x": ((x[0], taps), {}),
+        "many taps": ((x, taps.repeat(1, 5)), {}),
+    }
+    arguments, keywords = options[name]
+    with pytest.raises(ValueError, match=name.split()[-1]):
+        short_convolution(*arguments, **keywords)
+
+
+def test_misshapen_steps_are_named():
+    x, taps, tail = make_inputs(4)
+    for arguments, message in [
+        (((x, x), (taps,), tail), "2 texts and 1 filters"),
+        (((), (), tail), "0 texts"),
+        (((x, x[:, 1:]), (taps, taps), tail), "x has shape"),
+        (((x, x), (taps, taps[:, 1:]), tail), "taps has shape"),
+        (((x, x), (taps, taps), tail), "tail has shape"),
+        (((x,), (taps,), torch.cat((tail, tail), dim=2)[..., :10]), "must be contiguous"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            short_convolution_step(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("heads", "size", "taps"), [(9, 64, 4), (4, 128, 4), (3, 96, 3), (1, 60, 16)])
+def test_kernels_on_the_gpu(dtype, pattern, heads, size, taps):
+    """Real sizes, against eager in fp64; the same bits again."""
+    leaves = [x.requires_grad_() for x in make_inputs(1000, heads, size, taps, batch=3, dtype=dtype, device="cuda")]
+    real = make_real(pattern, 1000, batch=3, device="cuda")
+    direction = torch.randn(3, 1000, heads, size, device="cuda", dtype=torch.float64)
+    results = []
+    for form in ("eager", "triton", "triton"):
+        inputs = [x.double() for x in leaves] if form == "eager" else leaves
+        with use_implementation(form):
+            y, after = convolve(*inputs, real=real, activation="silu" if taps % 2 else None)
+        results.append([y, after, *torch.autograd.grad((y * direction).sum() + after.double().sum(), leaves)])
+    exact, first, again = results
+    for n, (actual, expected) in enumerate(zip(first, exact, strict=True)):
+        assert_close(f"tensor {n}", actual, expected, (OUTPUT if n < 2 else GRADIENT)[dtype])
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_steps_are_replayed_from_a_graph():
+    drawn = [make_inputs(8, count, 64, dtype=torch.bfloat16, device="cuda") for count in (9, 3, 3)]
+    texts, taps, tails = zip(*drawn, strict=True)
+    start = torch.cat(tails, dim=2)
+    xs = [x[:, :1].clone() for x in texts]
+    real = torch.ones(2, 1, dtype=torch.bool, device="cuda")
+    tail = start.clone()
+    short_convolution_step(xs, taps, tail, real)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = short_convolution_step(xs, taps, tail, real)
+    tail.copy_(start)
+    for t in range(8):
+        for x, text in zip(xs, texts, strict=True):
+            x.copy_(text[:, t : t + 1])
+        graph.replay()
+        for y, text, weights, before in zip(ys, texts, taps, tails, strict=True):
+            expected, _ = short_convolution(text.double(), weights.double(), tail=before.double())
+            assert_close(f"step {t}", y[:, 0], expected[:, t], OUTPUT[torch.bfloat16])
+    assert torch.equal(tail, torch.cat([text.flatten(2)[:, -3:] for text in texts], dim=2))
