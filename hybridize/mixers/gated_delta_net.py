@@ -21,13 +21,20 @@ from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
 from hybridize.mixers.parts.slots import make_writable
-from hybridize_kernels import gated_delta_rule, gated_rms_norm, short_convolution, short_convolution_step
+from hybridize_kernels import (
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gated_rms_norm,
+    short_convolution,
+    short_convolution_step,
+)
 
 SHORTEST_HALF_LIFE_TOKENS = 1.0
 LONGEST_HALF_LIFE_TOKENS = 256.0
 _INITIAL_BETA = 0.5
 _NORM_EPSILON = 1e-6
-_STEP_TOKENS = 16  # up to so many tokens go into the convolutions' tail in place, in one launch
+STEP_TOKENS = 16
+"""Without a gradient, up to so many tokens are walked one by one, and the state is updated in place."""
 
 
 class GatedDeltaNetParameters(nn.Module):
@@ -69,28 +76,40 @@ class GatedDeltaNetParameters(nn.Module):
         nn.init.zeros_(self.decay_bias)
         longest, shortest = math.log(LONGEST_HALF_LIFE_TOKENS), math.log(SHORTEST_HALF_LIFE_TOKENS)
         self.decay_rate.copy_(-torch.linspace(shortest, longest, heads))
-        ceiling = 2.0 if self.config.negative_eigenvalues else 1.0
-        nn.init.constant_(self.beta.bias, math.log(_INITIAL_BETA / (ceiling - _INITIAL_BETA)))
+        nn.init.constant_(self.beta.bias, math.log(_INITIAL_BETA / (self.beta_ceiling - _INITIAL_BETA)))
         nn.init.ones_(self.output_scale)
         for taps in (self.q_taps, self.k_taps, self.v_taps):
             if taps is not None:
                 nn.init.zeros_(taps)
                 taps[:, -1] = 1.0
 
-    def gates(self, hidden_states: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def beta_ceiling(self) -> float:
+        return 2.0 if self.config.negative_eigenvalues else 1.0
+
+    @property
+    def norm_epsilon(self) -> float | None:
+        return _NORM_EPSILON if self.config.output_norm else None
+
+    def gates(self, hidden_states: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """log a and b, each [B, T, HQ] fp32; both 0 where `real` [B, T] is False, which leaves the state untouched."""
         rate = torch.exp(self.decay_rate.float())
         log_decay = -rate * F.softplus(self.decay(hidden_states).float() + self.decay_bias.float())
-        beta = torch.sigmoid(self.beta(hidden_states).float())
-        if self.config.negative_eigenvalues:
-            beta = 2.0 * beta
+        beta = self.beta_ceiling * torch.sigmoid(self.beta(hidden_states).float())
+        if real is None:
+            return log_decay, beta
         return torch.where(real[..., None], log_decay, 0.0), torch.where(real[..., None], beta, 0.0)
+
+    def gate_of(self, hidden_states: Tensor) -> Tensor | None:
+        """The output gate before its sigmoid, [B, T, HQ, D], or None."""
+        if self.output_gate is None:
+            return None
+        gate: Tensor = self.output_gate(hidden_states).view(*hidden_states.shape[:-1], *self.output_scale.shape)
+        return gate
 
     def finish(self, out: Tensor, hidden_states: Tensor) -> Tensor:
         """Norm, scale and gate of the outputs [B, T, HQ, D], in their dtype even where the parameters are wider."""
-        gate = None if self.output_gate is None else self.output_gate(hidden_states).view_as(out)
-        epsilon = _NORM_EPSILON if self.config.output_norm else None
-        return gated_rms_norm(out, self.output_scale, gate, epsilon=epsilon)
+        return gated_rms_norm(out, self.output_scale, self.gate_of(hidden_states), epsilon=self.norm_epsilon)
 
 
 class GatedDeltaNet(Mixer):
@@ -114,15 +133,17 @@ class GatedDeltaNet(Mixer):
         state: MixerState | None,
         positions: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        real = positions >= 0
+        real = positions >= 0 if self.padded else None
+        if state is not None:
+            make_writable(state.tensors)
+            if q.shape[1] <= STEP_TOKENS and not torch.is_grad_enabled():
+                return self._step(q, k, v, hidden_states, rope, state, real), {}
         if self.config.short_convolution:
             q, k, v = self._convolve(q, k, v, state, real)
         if self.config.rope:
             q, k = rope(q), rope(k)
-        # Whole heads are repeated: query head n reads key head n // G, as in the teacher.
-        group = self.geometry.group_size
-        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
         log_decay, beta = self.new.gates(hidden_states, real)
+        # Query head n reads key head n // G, as in the teacher: the op takes grouped heads as they are.
         out, recurrent = gated_delta_rule(
             q,
             k,
@@ -135,9 +156,43 @@ class GatedDeltaNet(Mixer):
             normalize_qk=True,
         )
         if state is not None and recurrent is not None:
-            state["recurrent"] = recurrent
+            _put(state, "recurrent", recurrent)
         out = self.new.finish(out, hidden_states)
-        return torch.where(real[..., None, None], out, 0.0), {}
+        return out if real is None else torch.where(real[..., None, None], out, 0.0), {}
+
+    def _step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden_states: Tensor,
+        rope: Rope,
+        state: MixerState,
+        real: Tensor | None,
+    ) -> Tensor:
+        """A few tokens, with gates, state, norm and output gate in one launch after the convolutions'."""
+        new = self.new
+        if self.config.short_convolution:
+            q, k, v = short_convolution_step((q, k, v), (new.q_taps, new.k_taps, new.v_taps), state["tail"], real)
+        if self.config.rope:
+            q, k = rope(q), rope(k)
+        return gated_delta_rule_step(
+            q,
+            k,
+            v,
+            new.decay(hidden_states),
+            new.beta(hidden_states),
+            state["recurrent"],
+            scale=1.0,
+            normalize_qk=True,
+            decay_rate=new.decay_rate,
+            decay_bias=new.decay_bias,
+            beta_ceiling=new.beta_ceiling,
+            real=real,
+            norm_epsilon=new.norm_epsilon,
+            output_scale=new.output_scale,
+            gate=new.gate_of(hidden_states),
+        )
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         heads, head_size = self.geometry.num_query_heads, self.geometry.head_size
@@ -150,24 +205,27 @@ class GatedDeltaNet(Mixer):
         return MixerState(tensors)
 
     def _convolve(
-        self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, real: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, real: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Causal convolution over the real tokens of each row; padding between them is stepped over."""
         xs, taps = (q, k, v), (self.new.q_taps, self.new.k_taps, self.new.v_taps)
-        known = real if self.padded else None
         if state is None:
-            first, second, third = (short_convolution(x, w, real=known)[0] for x, w in zip(xs, taps, strict=True))
+            first, second, third = (short_convolution(x, w, real=real)[0] for x, w in zip(xs, taps, strict=True))
             return first, second, third
-        make_writable(state.tensors)
         tail = state["tail"]
-        if q.shape[1] <= _STEP_TOKENS and not torch.is_grad_enabled():
-            first, second, third = short_convolution_step(xs, taps, tail, known)
-            return first, second, third
         parts = tail.split([weight.shape[0] for weight in taps], dim=2)
         results = [
-            short_convolution(x, weight, tail=part, real=known, output_tail=True)
+            short_convolution(x, weight, tail=part, real=real, output_tail=True)
             for x, weight, part in zip(xs, taps, parts, strict=True)
         ]
-        state["tail"] = torch.cat([after for _, after in results if after is not None], dim=2).to(tail.dtype)
+        _put(state, "tail", torch.cat([after for _, after in results if after is not None], dim=2).to(tail.dtype))
         first, second, third = (y for y, _ in results)
         return first, second, third
+
+
+def _put(state: MixerState, name: str, value: Tensor) -> None:
+    """In place, for whoever has captured the memory of the state; a gradient needs what was there before."""
+    if torch.is_grad_enabled():
+        state[name] = value
+    else:
+        state[name].copy_(value)

@@ -1,4 +1,7 @@
-"""The Triton decode kernel against the token loop, in Triton's interpreter or on a GPU."""
+"""A few tokens without a gradient, which go to the recurrent kernel, against the token loop.
+
+In Triton's interpreter or on a GPU.
+"""
 
 import itertools
 

@@ -52,6 +52,11 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return gated_delta_rule(q[:, :1, :HEADS], k[:, :1], v[:, :1], gate - 0.1, gate + 0.5, initial_state=state)[0]
 
 
+def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    gate = q.mean(-1)
+    return gated_delta_rule(q, k, v, -gate.square(), gate.sigmoid(), normalize_qk=True, output_final_state=True)[0]
+
+
 def convolve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return short_convolution(q, torch.ones(2 * HEADS * SIZE, 4, device=q.device), activation="silu")[0]
 
@@ -76,7 +81,9 @@ def inputs(device: str) -> list[Tensor]:
     return [torch.randn(1, TOKENS, heads, SIZE, device=device) for heads in (2 * HEADS, HEADS, HEADS)]
 
 
-@pytest.mark.parametrize("call", [attend, statistics, score, decode, recurrent, convolve, convolve_step, normalise])
+@pytest.mark.parametrize(
+    "call", [attend, statistics, score, decode, recurrent, chunked, convolve, convolve_step, normalise]
+)
 def test_a_compiled_call_is_the_same(call: Callable[..., Tensor], kernel_device: str) -> None:
     def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return call(q * 2, k, v) + 1
@@ -86,7 +93,7 @@ def test_a_compiled_call_is_the_same(call: Callable[..., Tensor], kernel_device:
         assert torch.equal(torch.compile(around, backend="eager")(*given), around(*given))
 
 
-@pytest.mark.parametrize("call", [attend, convolve, normalise])
+@pytest.mark.parametrize("call", [attend, chunked, convolve, normalise])
 def test_a_compiled_call_has_the_same_gradient(call: Callable[..., Tensor], kernel_device: str) -> None:
     def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return call(q * 2, k * 3, v * 0.5).square().mean() + (q.mean() + k.mean() + v.mean())

@@ -1,4 +1,4 @@
-"""The gated delta rule: chunked, recurrent and Triton against the token loop."""
+"""The gated delta rule: eager, chunked and recurrent, and the kernel for a few tokens, against the token loop."""
 
 from functools import partial
 
@@ -148,8 +148,12 @@ def test_reference_gradient_equals_finite_differences():
     ("index", "shape", "message"),
     [
         (1, (2, 4, 2, 11), "k has shape"),
-        (2, (2, 4, 3, 10), "3 value heads are not a multiple of 2 key heads"),
-        (3, (2, 4, 1), "log_decay has shape"),
+        (1, (2, 4, 4, 12), "2 state heads are not a multiple of 4 key heads"),
+        (0, (2, 4, 3, 12), "2 state heads are not a multiple of 3 query heads"),
+        (2, (2, 4, 3, 10), "2 state heads are not a multiple of 3 value heads"),
+        (3, (2, 4, 1), "1 state heads are not a multiple of 2 query heads"),
+        (3, (3, 4, 2), "log_decay has shape"),
+        (3, (2, 4), "log_decay has shape"),
         (4, (2, 5, 2), "beta has shape"),
         (5, (2, 2, 10, 12), "initial_state has shape"),
         (0, (4, 2, 12), "q has shape"),
@@ -165,22 +169,19 @@ def test_misshapen_inputs_are_named(index, shape, message):
 def test_unknown_form_and_missing_kernel_are_named():
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"), use_implementation("cuda"):
         pass
-    with use_implementation("triton"), pytest.raises(ValueError, match="does not cover this call"):
-        with_state(*make_inputs(17))
+    for size in ({"key": 257}, {"value": 257}):
+        with use_implementation("triton"), pytest.raises(ValueError, match="does not cover this call"):
+            with_state(*make_inputs(2, batch=1, **size))
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="one process compiles or interprets; with a GPU the same cases run compiled below"
-)
-def test_decode_kernel_equals_the_loop_in_the_interpreter():
-    # Triton's interpreter knows no bfloat16.
-    assert decode_cases.compare_all("cpu", torch.float32) >= 50
+def test_decode_kernel_equals_the_loop(kernel_device):
+    assert decode_cases.compare_all(kernel_device, torch.float32) >= 50
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_kernel_equals_the_loop(dtype):
-    assert decode_cases.compare_all("cuda", dtype) >= 50
+def test_decode_kernel_equals_the_loop_in_bfloat16():
+    # Triton's interpreter knows no products of bfloat16.
+    assert decode_cases.compare_all("cuda", torch.bfloat16) >= 50
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

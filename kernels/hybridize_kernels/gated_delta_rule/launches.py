@@ -1,37 +1,17 @@
-"""The launches of the chunked kernels, each with the tensors that it fills."""
+"""The passes of the chunked form, each with the tensors that its kernels fill."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
-from ..dispatch import is_nvidia
-from ..launch import launch
-from .input_gradient import input_gradient_kernel
-from .layout import Shape, Tables
-from .segments import relay_kernel, transition_kernel
-from .tiles import Tile, Tiles
-from .walk import BY_SEGMENT, BY_SEQUENCE, NOWHERE, backward_kernel, forward_kernel
-from .within import NUM_ROWS, within_kernel
-
-SLAB = 64
-"""Rows of a state that `relay_kernel` holds."""
-
-
-class Call(NamedTuple):
-    """All of a call but its tensors."""
-
-    shape: Shape
-    num_sequences: int
-    scale: float
-    normalize: bool
-    output_final: bool
-    store_states: bool
-    tables: Tables
-    tiles: Tiles
+from ..launch import Launch
+from .layout import Tables
+from .plan import Plan, coming_from
+from .walk import BY_SEGMENT, BY_SEQUENCE, NOWHERE
+from .within import NUM_ROWS
 
 
 class Parts(NamedTuple):
@@ -49,246 +29,175 @@ class Walked(NamedTuple):
     states: Tensor
 
 
-def within(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, call: Call) -> Parts:
-    shape, tile = call.shape, call.tiles.within
-    num_chunks, heads = call.tables.chunks.shape[0], shape.state_heads
+def within(plan: Plan, tables: Tables, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor) -> Parts:
+    """What the chunks know without a state."""
+    size, chunk = (plan.num_chunks, plan.shape.state_heads), plan.chunk
     parts = Parts(
-        q.new_empty(num_chunks, heads, call.tables.chunk, call.tables.chunk),
-        q.new_empty(num_chunks, heads, call.tables.chunk, call.tables.chunk),
-        q.new_empty(num_chunks, heads, NUM_ROWS.value, call.tables.chunk, dtype=torch.float32),
+        q.new_empty(*size, chunk, chunk),
+        q.new_empty(*size, chunk, chunk),
+        torch.empty((*size, NUM_ROWS.value, chunk), dtype=torch.float32, device=q.device),
     )
-    _launch(
-        within_kernel,
-        num_chunks * heads,
-        (q, k, log_decay, beta, call.tables.chunks, *parts),
-        (call.scale, shape.query_heads, shape.key_heads, heads),
-        K=shape.key_size,
-        BLOCK_K=min(128, _padded(shape.key_size)),
-        C=call.tables.chunk,
-        NORMALIZE=call.normalize,
-        PRECISION=_precision(q),
-        EXACT=q.dtype == torch.float32,
-        HALVES=q.dtype != torch.float32,
-        **_compiled_for(tile),
-    )
+    _run(plan.within, q, k, log_decay, beta, tables.chunks, *parts)
     return parts
 
 
 def entering(
-    k: Tensor, v: Tensor, parts: Parts, initial: Tensor | None, call: Call, *, training: bool
+    plan: Plan, tables: Tables, k: Tensor, v: Tensor, parts: Parts, initial: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The state that enters each segment, and the segments' transitions; None where sequences are not cut."""
-    if not call.tables.split:
+    if not plan.split:
         return None, None
-    shape, tile = call.shape, call.tiles.transition
-    num_segments, heads = call.tables.segments.shape[0], shape.state_heads
-    key_size, value_size = shape.key_size, shape.value_size
-    transition = k.new_empty(num_segments, heads, key_size, key_size, dtype=torch.float32)
-    arriving = k.new_empty(num_segments, heads, key_size, value_size, dtype=torch.float32)
-    _launch(
-        transition_kernel,
-        num_segments * heads * (cdiv(key_size, tile.columns) + cdiv(value_size, tile.columns)),
-        (k, v, parts.inverse, parts.rows, call.tables.segments, transition, arriving),
-        (shape.key_heads, shape.value_heads, heads),
-        BACKWARD_TOO=training,
-        **_constants(k, call, tile),
-    )
-    return _relay(transition, arriving, initial, call, backward=False), transition
-
-
-def _relay(transition: Tensor, arriving: Tensor, outer: Tensor | None, call: Call, *, backward: bool) -> Tensor:
-    shape = call.shape
-    columns = min(32, _padded(shape.value_size))
-    entering = torch.empty_like(arriving)
-    _launch(
-        relay_kernel,
-        call.num_sequences * shape.state_heads * cdiv(shape.value_size, columns),
-        (transition, arriving, call.tables.sequences, arriving if outer is None else outer, entering),
-        (shape.state_heads,),
-        K=shape.key_size,
-        V=shape.value_size,
-        BLOCK_V=columns,
-        SLAB=min(SLAB, _padded(shape.key_size)),
-        HAS_OUTER=outer is not None,
-        BACKWARD=backward,
-        PRECISION="tf32x3",
-        num_warps=4,
-        num_stages=1,
-    )
-    return entering
+    heads, key_size, _ = plan.state_shape
+    transition = _states(plan.num_segments, (heads, key_size, key_size), k)
+    arriving = _states(plan.num_segments, plan.state_shape, k)
+    _run(plan.transition, k, v, parts.inverse, parts.rows, tables.segments, transition, arriving)
+    return _relay(plan, tables, transition, arriving, initial, backward=False), transition
 
 
 def forward(
+    plan: Plan,
+    tables: Tables,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     parts: Parts,
     initial: Tensor | None,
-    entering: Tensor | None,
-    call: Call,
+    entered: Tensor | None,
     *,
+    final: bool,
     store: bool,
 ) -> tuple[Tensor, Tensor | None, Walked | None]:
-    shape, tile = call.shape, call.tiles.forward
-    heads, key_size, value_size = shape.state_heads, shape.key_size, shape.value_size
+    """The output, the final state if asked for, and, if they are to be stored, the states on the way."""
+    heads, _, value_size = plan.state_shape
     output = v.new_empty(*v.shape[:2], heads, value_size)
-    final = None
-    if call.output_final:
-        final = v.new_empty(call.num_sequences, heads, key_size, value_size, dtype=torch.float32)
+    last = _states(plan.key.num_sequences, plan.state_shape, v) if final else None
     walked = None
     if store:
-        walked = Walked(torch.empty_like(output), v.new_empty(call.tables.chunks.shape[0], heads, key_size, value_size))
-    coming, start = _coming(initial, entering, output)
-    _launch(
-        forward_kernel,
-        call.tables.segments.shape[0] * heads * cdiv(value_size, tile.columns),
-        (
-            q,
-            k,
-            v,
-            *parts,
-            call.tables.segments,
-            start,
-            output if final is None else final,
-            output,
-            *(walked or (output, output)),
-        ),
-        (shape.query_heads, shape.key_heads, shape.value_heads, heads),
-        COMING=coming,
-        GOING=NOWHERE.value if final is None else BY_SEQUENCE.value,
-        STORE=store,
-        **_constants(k, call, tile),
+        walked = Walked(torch.empty_like(output), v.new_empty(plan.num_chunks, *plan.state_shape))
+    going = int(NOWHERE.value if last is None else BY_SEQUENCE.value)
+    _run(
+        plan.forward(coming=coming_from(initial, entered), going=going, store=store),
+        q,
+        k,
+        v,
+        *parts,
+        tables.segments,
+        _first(entered, initial, output),
+        _first(last, output),
+        output,
+        *(walked or (output, output)),
     )
-    return output, final, walked
+    return output, last, walked
 
 
 def backward(
+    plan: Plan,
+    tables: Tables,
     q: Tensor,
     k: Tensor,
     d_output: Tensor,
     parts: Parts,
     transition: Tensor | None,
     d_final: Tensor | None,
-    call: Call,
     *,
     needs_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    shape, tile = call.shape, call.tiles.backward
-    heads, key_size, value_size = shape.state_heads, shape.key_size, shape.value_size
-    num_segments = call.tables.segments.shape[0]
-    state_size = (heads, key_size, value_size)
+    """The gradients of the values, of the states that leave the chunks, and, if asked for, of the initial state."""
 
-    def walk(start: Tensor | None, by: int, end: Tensor | None, to: int, stored: tuple[Tensor, Tensor] | None) -> None:
-        _launch(
-            backward_kernel,
-            num_segments * heads * cdiv(value_size, tile.columns),
-            (
-                q,
-                k,
-                d_output,
-                *parts,
-                call.tables.segments,
-                d_output if start is None else start,
-                d_output if end is None else end,
-                *(stored or (d_output, d_output)),
-            ),
-            (shape.query_heads, shape.key_heads, heads),
-            COMING=by,
-            GOING=to,
-            STORE=stored is not None,
-            **_constants(k, call, tile),
+    def walk(
+        start: Tensor | None, entered: Tensor | None, end: Tensor | None, to: int, stored: tuple[Tensor, Tensor] | None
+    ) -> None:
+        _run(
+            plan.backward(coming=coming_from(start, entered), going=to, store=stored is not None),
+            q,
+            k,
+            d_output,
+            *parts,
+            tables.segments,
+            _first(entered, start, d_output),
+            _first(end, d_output),
+            *(stored or (d_output, d_output)),
         )
 
-    entering = None
+    entered = None
     if transition is not None:
-        arriving = q.new_empty(num_segments, *state_size, dtype=torch.float32)
-        walk(None, NOWHERE.value, arriving, BY_SEGMENT.value, None)
-        entering = _relay(transition, arriving, d_final, call, backward=True)
+        arriving = _states(plan.num_segments, plan.state_shape, q)
+        walk(None, None, arriving, int(BY_SEGMENT.value), None)
+        entered = _relay(plan, tables, transition, arriving, d_final, backward=True)
     d_value = torch.empty_like(d_output)
-    d_states = q.new_empty(call.tables.chunks.shape[0], *state_size)
-    d_initial = q.new_empty(call.num_sequences, *state_size, dtype=torch.float32) if needs_initial else None
-    by, start = _coming(d_final, entering, d_output)
-    walk(start, by, d_initial, BY_SEQUENCE.value if needs_initial else NOWHERE.value, (d_value, d_states))
+    d_states = q.new_empty(plan.num_chunks, *plan.state_shape)
+    d_initial = _states(plan.key.num_sequences, plan.state_shape, q) if needs_initial else None
+    going = int(BY_SEQUENCE.value if needs_initial else NOWHERE.value)
+    walk(d_final, entered, d_initial, going, (d_value, d_states))
     return d_value, d_states, d_initial
 
 
 def input_gradient(
+    plan: Plan,
+    tables: Tables,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     log_decay: Tensor,
     beta: Tensor,
     parts: Parts,
     walked: Walked,
+    output: Tensor | None,
     d_output: Tensor,
     d_value: Tensor,
     d_states: Tensor,
-    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, tile = call.shape, call.tiles.gradient
-    heads = shape.state_heads
-    d_query, d_key = (x.new_empty(*x.shape[:2], heads, shape.key_size) for x in (q, k))
-    d_log_decay, d_beta = torch.empty_like(log_decay), torch.empty_like(beta)
-    _launch(
-        input_gradient_kernel,
-        call.tables.chunks.shape[0] * heads,
-        (
-            q,
-            k,
-            beta,
-            walked.delta,
-            d_output,
-            d_value,
-            parts.rows,
-            call.tables.chunks,
-            walked.states,
-            d_states,
-            d_query,
-            d_key,
-            d_log_decay,
-            d_beta,
-        ),
-        (call.scale, shape.query_heads, shape.key_heads, heads),
-        NORMALIZE=call.normalize,
-        EXACT=k.dtype == torch.float32,
-        **_constants(k, call, tile),
+    """The gradients of q, k (a state head each), log_decay and beta."""
+    heads, key_size, _ = plan.state_shape
+    d_query, d_key = (q.new_empty(*q.shape[:2], heads, key_size) for _ in range(2))
+    tiles = plan.key_tiles
+    if tiles == 1:
+        d_log_decay, d_beta = torch.empty_like(log_decay), torch.empty_like(beta)
+    else:
+        parts_shape = (tiles, *log_decay.shape)
+        d_log_decay, d_beta = (torch.empty(parts_shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    _run(
+        plan.input_gradient,
+        q,
+        k,
+        v,
+        beta,
+        _first(output, walked.delta),
+        walked.delta,
+        d_output,
+        d_value,
+        parts.rows,
+        tables.chunks,
+        walked.states,
+        d_states,
+        d_query,
+        d_key,
+        d_log_decay,
+        d_beta,
     )
+    if tiles > 1:
+        d_log_decay, d_beta = d_log_decay.sum(0).to(log_decay.dtype), d_beta.sum(0).to(beta.dtype)
     return d_query, d_key, d_log_decay, d_beta
 
 
-def _coming(outer: Tensor | None, entering: Tensor | None, nothing: Tensor) -> tuple[int, Tensor]:
-    if entering is not None:
-        return BY_SEGMENT.value, entering
-    return (NOWHERE.value, nothing) if outer is None else (BY_SEQUENCE.value, outer)
+def _relay(
+    plan: Plan, tables: Tables, transition: Tensor, arriving: Tensor, outer: Tensor | None, *, backward: bool
+) -> Tensor:
+    entered = torch.empty_like(arriving)
+    launch = plan.relay(has_outer=outer is not None, backward=backward)
+    _run(launch, transition, arriving, tables.sequences, _first(outer, arriving), entered)
+    return entered
 
 
-def _constants(k: Tensor, call: Call, tile: Tile) -> dict[str, Any]:
-    return {
-        "K": call.shape.key_size,
-        "V": call.shape.value_size,
-        "BLOCK_K": _padded(call.shape.key_size),
-        "BLOCK_V": tile.columns,
-        "C": call.tables.chunk,
-        "PRECISION": _precision(k),
-        **_compiled_for(tile),
-    }
+def _states(count: int, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    return torch.empty((count, *shape), dtype=torch.float32, device=like.device)
 
 
-def _compiled_for(tile: Tile) -> dict[str, int]:
-    registers = {"maxnreg": tile.registers} if tile.registers and is_nvidia() else {}
-    return {"num_warps": tile.warps, "num_stages": tile.stages, **registers}
+def _first(*tensors: Tensor | None) -> Tensor:
+    """The first that is there; the last always is, and stands for a pointer that is not followed."""
+    return next(tensor for tensor in tensors if tensor is not None)
 
 
-def _padded(size: int) -> int:
-    return max(16, int(next_power_of_2(size)))
-
-
-def _precision(x: Tensor) -> str:
-    """Of fp32 products; others have one precision only."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"
-
-
-def _launch(
-    kernel: Any, programs: int, pointers: tuple[Tensor, ...], numbers: tuple[int | float, ...], **constants: Any
-) -> None:
-    if programs:
-        launch(kernel, (programs,), pointers, numbers, **constants)
+def _run(launch: Launch | None, *pointers: Tensor) -> None:
+    if launch is not None:
+        launch(*pointers)

@@ -35,19 +35,15 @@ class Tables(NamedTuple):
     """int32 tables on the device; rows that nothing uses hold no tokens.
 
     Attributes:
-        chunk: C.
         chunks: [NC, 2] first token among all B·T, number of tokens.
         segments: [NS, 6] first chunk, number of chunks, first token, end of the sequence's tokens, the sequence if
             this is its first segment else −1, the sequence if this is its last segment else −1.
         sequences: [N, 2] first segment, number of segments.
-        split: whether any sequence may have several segments.
     """
 
-    chunk: int
     chunks: Tensor
     segments: Tensor
     sequences: Tensor
-    split: bool
 
 
 def tables(
@@ -83,23 +79,36 @@ def tables(
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def most_chunks(num_sequences: int, time: int, packed: bool, chunk: int) -> int:
+    """Rows of the table of chunks: what there is, or where only the device knows, the most there can be."""
+    # A packed sequence wastes less than one chunk.
+    return time // chunk + num_sequences if packed else num_sequences * -(-time // chunk)
+
+
+def most_segments(num_sequences: int, time: int, packed: bool, chunk: int, segment_chunks: int | None) -> int:
+    """Rows of the table of segments."""
+    if segment_chunks is None:
+        return num_sequences
+    if packed:
+        return num_sequences + most_chunks(num_sequences, time, packed, chunk) // segment_chunks
+    chunks = -(-time // chunk)
+    return num_sequences * max(1, -(-chunks // segment_chunks))
+
+
 def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
     num_sequences = cu_seqlens.numel() - 1
-    # A sequence wastes less than one chunk, and less than one segment.
-    max_chunks = time // chunk + num_sequences
-    max_segments = num_sequences + (0 if segment_chunks is None else max_chunks // segment_chunks)
-    return _make(cu_seqlens.to(device).long(), chunk, max_chunks, max_segments, segment_chunks)
+    return _make(cu_seqlens.to(device).long(), time, True, chunk, segment_chunks, num_sequences)
 
 
 @lru_cache(maxsize=512)
 def _uniform(batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
-    chunks = -(-time // chunk)
-    segments = 1 if segment_chunks is None else max(1, -(-chunks // segment_chunks))
     ends = torch.arange(batch + 1, device=device) * time
-    return _make(ends, chunk, batch * chunks, batch * segments, segment_chunks if segments > 1 else None)
+    return _make(ends, time, False, chunk, segment_chunks, batch)
 
 
-def _make(ends: Tensor, chunk: int, max_chunks: int, max_segments: int, segment_chunks: int | None) -> Tables:
+def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int | None, num_sequences: int) -> Tables:
+    max_chunks = most_chunks(num_sequences, time, packed, chunk)
+    max_segments = most_segments(num_sequences, time, packed, chunk, segment_chunks)
     starts, ends = ends[:-1], ends[1:]
     counts = (ends - starts + chunk - 1) // chunk
     sequence, index, used = _pieces(counts, max_chunks)
@@ -126,7 +135,7 @@ def _make(ends: Tensor, chunk: int, max_chunks: int, max_segments: int, segment_
         dim=1,
     )
     sequences = torch.stack((segment_counts.cumsum(0) - segment_counts, segment_counts), dim=1)
-    return Tables(chunk, chunks.int(), segments.int(), sequences.int(), segment_chunks is not None)
+    return Tables(chunks.int(), segments.int(), sequences.int())
 
 
 def _pieces(counts: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

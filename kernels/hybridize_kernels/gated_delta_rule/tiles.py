@@ -14,12 +14,14 @@ class Tile(NamedTuple):
     Attributes:
         columns: of the values that a program, or a step of its loop, holds at a time; 0: the kernel has no such tile.
         warps, stages: of a program and of its loop's pipeline.
+        resident: programs that a processor holds at once.
         registers: the most that a thread may take, so that more programs fit; 0: as many as it likes.
     """
 
     columns: int
     warps: int
     stages: int
+    resident: int = 1
     registers: int = 0
 
 
@@ -36,10 +38,11 @@ class Tiles(NamedTuple):
 
 _TABLE = {
     # Key size up to, value tile up to; measured on an H100 at (B, T, HS, D) = (8, 2048, 9, 64), (8, 4096, 16, 128)
-    # and (8, 4096, 8, 256). Value tiles below 64 columns need a pipeline: without, Triton 3.6 compiles them wrongly.
-    64: Tiles(64, Tile(0, 4, 1), Tile(32, 4, 3), Tile(32, 4, 3), Tile(32, 4, 2), Tile(64, 4, 2)),
-    128: Tiles(64, Tile(0, 4, 1), Tile(32, 4, 2), Tile(128, 8, 2), Tile(64, 8, 2), Tile(64, 4, 2)),
-    256: Tiles(64, Tile(0, 4, 1), Tile(64, 8, 2), Tile(64, 8, 2), Tile(32, 8, 2), Tile(64, 8, 2)),
+    # and (8, 4096, 8, 256). Value tiles below 64 columns need a pipeline: without, Triton 3.6 compiles a read of
+    # shared memory beyond its end.
+    64: Tiles(64, Tile(0, 4, 1), Tile(32, 4, 3, 2), Tile(32, 4, 3, 2), Tile(64, 4, 1), Tile(64, 4, 2)),
+    128: Tiles(64, Tile(0, 4, 1), Tile(32, 4, 2, 2), Tile(128, 8, 2), Tile(64, 8, 2), Tile(64, 4, 2)),
+    256: Tiles(64, Tile(0, 4, 1), Tile(64, 4, 2), Tile(64, 8, 2), Tile(64, 8, 2), Tile(64, 8, 2)),
 }
 _TABLE_FP32 = {
     128: Tiles(64, Tile(0, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 8, 1), Tile(32, 4, 1)),

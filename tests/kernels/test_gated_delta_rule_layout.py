@@ -1,0 +1,114 @@
+"""The tables of the chunked gated delta rule: where chunks and segments of sequences lie."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridize_kernels.gated_delta_rule.layout import Tables, tables
+
+CPU = torch.device("cpu")
+any_lengths = st.lists(st.one_of(st.integers(0, 70), st.just(0), st.sampled_from([8, 16, 64])), min_size=1, max_size=6)
+any_segment = st.one_of(st.none(), st.integers(1, 4))
+
+
+def packed(lengths: list[int], chunk: int, segment_chunks: int | None) -> Tables:
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return tables(1, sum(lengths), ends, CPU, chunk=chunk, segment_chunks=segment_chunks)
+
+
+@given(any_lengths, st.sampled_from([8, 16]), any_segment)
+def test_property_every_token_is_in_one_chunk_of_its_sequence(
+    lengths: list[int], chunk: int, segment_chunks: int | None
+) -> None:
+    found = packed(lengths, chunk, segment_chunks).chunks.tolist()
+    expected = [
+        [first, min(chunk, end - first)]
+        for begin, end in pairwise([0, *accumulate(lengths)])
+        for first in range(begin, end, chunk)
+    ]
+    used, unused = found[: len(expected)], found[len(expected) :]
+    assert used == expected
+    assert all(num_tokens == 0 for _, num_tokens in unused)
+
+
+@given(any_lengths, st.sampled_from([8, 16]), any_segment)
+def test_property_segments_cover_the_chunks_in_order(
+    lengths: list[int], chunk: int, segment_chunks: int | None
+) -> None:
+    made = packed(lengths, chunk, segment_chunks)
+    chunks, segments, sequences = made.chunks.tolist(), made.segments.tolist(), made.sequences.tolist()
+    assert len(sequences) == len(lengths)
+    ends = [0, *accumulate(lengths)]
+    next_chunk = next_segment = 0
+    for n, (first_segment, count) in enumerate(sequences):
+        assert first_segment == next_segment
+        assert count >= 1, "a sequence without tokens hands its state on, too"
+        assert segment_chunks is not None or count == 1
+        next_segment += count
+        for m, row in enumerate(segments[first_segment:next_segment]):
+            first_chunk, num_chunks, first_token, end, if_first, if_last = row
+            assert first_chunk == next_chunk
+            assert end == ends[n + 1]
+            assert if_first == (n if m == 0 else -1)
+            assert if_last == (n if m == count - 1 else -1)
+            if lengths[n]:
+                assert first_token == chunks[first_chunk][0]
+                assert num_chunks >= 1
+            if segment_chunks is not None:
+                assert num_chunks <= segment_chunks
+                assert num_chunks == segment_chunks or m == count - 1
+            next_chunk += num_chunks
+    assert next_chunk == sum(num_tokens > 0 for _, num_tokens in chunks)
+    for _, num_chunks, _, _, if_first, if_last in segments[next_segment:]:
+        assert (num_chunks, if_first, if_last) == (0, -1, -1)
+
+
+@given(st.integers(1, 4), st.integers(0, 70), st.sampled_from([8, 16]), any_segment)
+def test_property_equally_long_sequences_are_the_same_packed_or_not(
+    batch: int, time: int, chunk: int, segment_chunks: int | None
+) -> None:
+    uniform = tables(batch, time, None, CPU, chunk=chunk, segment_chunks=segment_chunks)
+    as_packed = packed([time] * batch, chunk, segment_chunks)
+    num_chunks = sum(num_tokens > 0 for _, num_tokens in as_packed.chunks.tolist())
+    num_segments = int(as_packed.sequences[:, 1].sum())
+    assert torch.equal(uniform.chunks, as_packed.chunks[:num_chunks])
+    assert torch.equal(uniform.segments, as_packed.segments[:num_segments])
+    assert torch.equal(uniform.sequences, as_packed.sequences)
+
+
+def test_tables_are_made_once_for_each_state_of_the_lengths() -> None:
+    ends = torch.tensor([0, 5, 30], dtype=torch.int32)
+
+    def of(chunk: int = 8) -> Tables:
+        return tables(1, 30, ends, CPU, chunk=chunk, segment_chunks=2)
+
+    first = of()
+    assert of() is first
+    assert of(16) is not first
+    ends[1] = 20
+    moved = of()
+    assert moved is of()
+    assert moved.chunks.tolist()[:5] == [[0, 8], [8, 8], [16, 4], [20, 8], [28, 2]]
+    assert first.chunks.tolist()[:5] == [[0, 5], [5, 8], [13, 8], [21, 8], [29, 1]]
+    assert tables(2, 30, None, CPU, chunk=8) is tables(2, 30, None, CPU, chunk=8)
+
+
+def test_lengths_that_nobody_counts_the_changes_of() -> None:
+    with torch.inference_mode():
+        ends = torch.tensor([0, 5, 30], dtype=torch.int64)
+        before = tables(1, 30, ends, CPU, chunk=8)
+        ends[1] = 20
+        after = tables(1, 30, ends, CPU, chunk=8)
+    assert before.chunks[:2].tolist() == [[0, 5], [5, 8]]
+    assert after.chunks[:2].tolist() == [[0, 8], [8, 8]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_tables_are_32_bits_wide(dtype: torch.dtype) -> None:
+    made = tables(1, 30, torch.tensor([0, 5, 30], dtype=dtype), CPU, chunk=8, segment_chunks=1)
+    assert {x.dtype for x in (made.chunks, made.segments, made.sequences)} == {torch.int32}
