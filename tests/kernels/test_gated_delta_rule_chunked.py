@@ -54,6 +54,8 @@ HARD: dict[str, dict[str, Any]] = {
     "parallel keys, no decay": {"parallel": True, "decay": "none"},
     "normalised before": {"normalize": False},
     "no state": {"state": False},
+    "a token without a state": {"state": False, "time": 1},
+    "nothing left to decay": {"state": False, "parallel": True, "beta": 1.0},
     "scale": {"scale": 0.3},
 }
 

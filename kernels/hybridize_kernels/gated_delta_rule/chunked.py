@@ -85,16 +85,15 @@ class _GatedDeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
-        training = any(ctx.needs_input_grad)
         plan, tables = call.plan, call.tables
         initial = _wide(initial_state)
         parts = within(plan, tables, q, k, log_decay, beta)
         entered, transition = entering(plan, tables, k, v, parts, initial)
-        store = training and call.store_states
+        store = plan.key.training and call.store_states
         output, final, walked = forward(
             plan, tables, q, k, v, parts, initial, entered, final=call.output_final, store=store
         )
-        if training:
+        if plan.key.training:
             # Without stored states the chunks are walked once more in the backward pass.
             kept = (*parts, *walked) if walked is not None else ()
             asked = output if plan.needs_output else None
@@ -146,4 +145,6 @@ def _sum_group(gradient: Tensor, like: Tensor) -> Tensor:
     if gradient.shape == like.shape:
         return gradient
     batch, time, heads, size = like.shape
-    return gradient.view(batch, time, heads, -1, size).sum(3, dtype=torch.float32).to(like.dtype)
+    return (
+        gradient.view(batch, time, heads, gradient.shape[2] // heads, size).sum(3, dtype=torch.float32).to(like.dtype)
+    )

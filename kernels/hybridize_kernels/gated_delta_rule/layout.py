@@ -97,7 +97,8 @@ def most_segments(num_sequences: int, time: int, packed: bool, chunk: int, segme
 
 def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
     num_sequences = cu_seqlens.numel() - 1
-    return _make(cu_seqlens.to(device).long(), time, True, chunk, segment_chunks, num_sequences)
+    # An end beyond the text would be written to.
+    return _make(cu_seqlens.to(device).long().clamp(max=time), time, True, chunk, segment_chunks, num_sequences)
 
 
 @lru_cache(maxsize=512)

@@ -25,6 +25,8 @@ LEAST_SEGMENT = 8
 """Chunks of the shortest segment: shorter ones would spend their time on states that come and go."""
 KEY_TILE = 128
 """Numbers of a key that a program of `input_gradient_kernel` takes, and a step of `within_kernel`."""
+LEAST_KEY_BLOCK = 64
+"""Numbers of a key that a compiled tile has at least."""
 SLAB = 64
 """Rows of a state that `relay_kernel` holds."""
 RELAY_COLUMNS = 16
@@ -63,13 +65,17 @@ class Plan:
     """The launches of calls with the same key, made when they are first asked for.
 
     Attributes:
-        chunk: C. segment_chunks: chunks of a segment, or None where a sequence is one segment.
+        chunk: C. key_block: numbers of a key in a tile, a power of two.
+        segment_chunks: chunks of a segment, or None where a sequence is one segment.
         num_chunks, num_segments: rows of the tables. split: whether sequences have several segments.
     """
 
     def __init__(self, key: PlanKey) -> None:
         self.key, self.shape = key, key.shape
-        self.tiles = key.tiles or tiles_for(key.shape.key_size, key.shape.value_size, key.dtype)
+        compiled = key.device >= 0
+        self.tiles = key.tiles or tiles_for(key.shape.key_size, key.shape.value_size, key.dtype, compiled=compiled)
+        # As in `tiles_for`: interpreted, a tile is as narrow as a head.
+        self.key_block = max(LEAST_KEY_BLOCK if compiled else 16, int(next_power_of_2(key.shape.key_size)))
         self.chunk = self.tiles.chunk
         self.segment_chunks = key.segment_chunks or self._segment_chunks()
         self.num_chunks = most_chunks(key.num_sequences, key.time, key.packed, self.chunk)
@@ -107,7 +113,7 @@ class Plan:
             self.num_chunks * shape.state_heads,
             (self.key.scale, shape.query_heads, shape.key_heads, shape.state_heads),
             K=shape.key_size,
-            BLOCK_K=min(KEY_TILE, _padded(shape.key_size)),
+            BLOCK_K=min(KEY_TILE, self.key_block),
             C=self.chunk,
             NORMALIZE=self.key.normalize,
             PRECISION=self._precision,
@@ -140,7 +146,7 @@ class Plan:
                 K=shape.key_size,
                 V=shape.value_size,
                 BLOCK_V=RELAY_COLUMNS,
-                SLAB=min(SLAB, _padded(shape.key_size)),
+                SLAB=min(SLAB, self.key_block),
                 HAS_OUTER=has_outer,
                 BACKWARD=backward,
                 PRECISION="tf32x3",
@@ -210,7 +216,7 @@ class Plan:
         return {
             "K": self.shape.key_size,
             "V": self.shape.value_size,
-            "BLOCK_K": _padded(self.shape.key_size),
+            "BLOCK_K": self.key_block,
             "BLOCK_V": tile.columns,
             "C": self.chunk,
             "PRECISION": self._precision,
@@ -241,7 +247,3 @@ def _launch(kernel: Any, programs: int, numbers: tuple[int | float, ...], **cons
 def _compiled_for(tile: Tile) -> dict[str, int]:
     registers = {"maxnreg": tile.registers} if tile.registers and is_nvidia() else {}
     return {"num_warps": tile.warps, "num_stages": tile.stages, **registers}
-
-
-def _padded(size: int) -> int:
-    return max(16, int(next_power_of_2(size)))

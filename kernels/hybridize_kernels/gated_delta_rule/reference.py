@@ -36,7 +36,8 @@ def gated_delta_rule(
     q, k, values = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v.to(dtype)))
     decay, beta = log_decay.to(dtype).exp(), beta.to(dtype)
 
-    outputs, states = [q.new_zeros(0, heads, value_size)], []
+    outputs = [q.new_zeros(0, heads, value_size)]
+    states = [q.new_zeros(0, heads, key_size, value_size)]
     for n, (row, begin, end) in enumerate(sequences):
         state = q.new_zeros(heads, key_size, value_size) if initial_state is None else initial_state[n].to(dtype)
         for t in range(begin, end):
@@ -45,6 +46,6 @@ def gated_delta_rule(
             delta = beta[row, t, :, None] * (values[row, t] - read)
             state = state + torch.einsum("hk,hv->hkv", k[row, t], delta)
             outputs.append(scale * torch.einsum("hkv,hk->hv", state, q[row, t])[None])
-        states.append(state)
+        states.append(state[None])
     output = torch.cat(outputs).view(*q.shape[:2], heads, value_size).to(v.dtype)
-    return output, torch.stack(states) if output_final_state else None
+    return output, torch.cat(states) if output_final_state else None

@@ -30,7 +30,7 @@ class Tile:
 # By taps at most. A warp is as wide as its channels, so that a thread owns whole columns of a tile and sums over time
 # need no exchange; weights and sums take registers by taps and by channels of a thread.
 FORWARD = {4: Tile(1024, 16, 1, 4224), 8: Tile(1024, 8, 1, 4224), 16: Tile(256, 4, 1, 4224)}
-BACKWARD = {4: Tile(1024, 16, 1, 4224), 8: Tile(256, 8, 1, 4224), 16: Tile(128, 4, 1, 4224)}
+BACKWARD = {4: Tile(512, 8, 1, 4224), 8: Tile(256, 8, 1, 4224), 16: Tile(128, 4, 1, 4224)}
 BACKWARD_SILU = {4: Tile(512, 16, 1, 4224), 8: Tile(128, 8, 1, 4224), 16: Tile(64, 4, 1, 4224)}
 """SiLU's argument is computed again for every tap: 2 n − 1 tiles of the text are held at once."""
 
