@@ -204,7 +204,8 @@ def error_of(actual: Tensor, expected: Tensor, dtype: torch.dtype, *, least: flo
         return 0.0
     size = max(expected.double().abs().max().item(), least, torch.finfo(dtype).tiny)
     lost = 8 * torch.finfo(torch.float32).tiny
-    return max(0.0, (actual.double() - expected.double()).abs().max().item() - lost) / size
+    difference = (actual.double() - expected.double()).abs().max().item()
+    return 0.0 if difference <= lost else difference / size  # NaN is no less than anything
 
 
 def check(case: Case, *, twice: bool = False, **options: Any) -> None:
