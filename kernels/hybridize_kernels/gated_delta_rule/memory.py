@@ -66,3 +66,10 @@ def write_state(
     if index >= 0:
         base = ptr + (index * heads + head).to(tl.int64) * (K * V)
         store_columns(base, state, column, value, K, V, BK, BV)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def segment_row(segments_ptr, segment):
+    """A row of `Tables.segments`."""
+    row = segments_ptr + segment * 6
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import head_of, load_tile, store_columns
+from .memory import head_of, load_tile, segment_row, store_columns
 from .within import NUM_ROWS, READ_KEY, SUM, WRITE_KEY
 
 
@@ -41,18 +41,14 @@ def transition_kernel(
     tile_index = program % TILES
     head = (program // TILES) % heads
     segment = program // TILES // heads
-    first_chunk = tl.load(segments_ptr + segment * 6)
-    num_chunks = tl.load(segments_ptr + segment * 6 + 1)
-    first_token = tl.load(segments_ptr + segment * 6 + 2)
-    end_token = tl.load(segments_ptr + segment * 6 + 3)
-    is_last = tl.load(segments_ptr + segment * 6 + 5) >= 0
+    first_chunk, num_chunks, first_token, end_token, _, if_last = segment_row(segments_ptr, segment)
     key_head = head // (heads // key_heads)
     value_head = head // (heads // value_heads)
     place = tl.arange(0, C)
     column = tl.arange(0, BLOCK_K)
     has_values = tile_index >= KEY_TILES
     # What the last segment makes of its state no other segment asks; backwards its transition counts.
-    num_chunks = tl.where(is_last & (has_values | (not BACKWARD_TOO)), 0, num_chunks)
+    num_chunks = tl.where((if_last >= 0) & (has_values | (not BACKWARD_TOO)), 0, num_chunks)
     value = (tile_index - tl.where(has_values, KEY_TILES, 0)) * BLOCK_V + tl.arange(0, BLOCK_V)
     dtype = k_ptr.dtype.element_ty
     in_values = has_values & (value < V)

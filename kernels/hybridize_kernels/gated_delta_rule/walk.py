@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import head_of, load_tile, read_state, store_columns, write_state
+from .memory import head_of, load_tile, read_state, segment_row, store_columns, write_state
 from .within import NUM_ROWS, READ_KEY, READ_QUERY, SUM, WRITE_KEY
 
 # Where the state comes from and goes to.
@@ -60,12 +60,7 @@ def forward_kernel(
     value_tile = program % VALUE_TILES
     head = (program // VALUE_TILES) % heads
     segment = program // VALUE_TILES // heads
-    first_chunk = tl.load(segments_ptr + segment * 6)
-    num_chunks = tl.load(segments_ptr + segment * 6 + 1)
-    first_token = tl.load(segments_ptr + segment * 6 + 2)
-    end_token = tl.load(segments_ptr + segment * 6 + 3)
-    if_first = tl.load(segments_ptr + segment * 6 + 4)
-    if_last = tl.load(segments_ptr + segment * 6 + 5)
+    first_chunk, num_chunks, first_token, end_token, if_first, if_last = segment_row(segments_ptr, segment)
     query_head = head // (heads // query_heads)
     key_head = head // (heads // key_heads)
     value_head = head // (heads // value_heads)
@@ -147,12 +142,7 @@ def backward_kernel(
     value_tile = program % VALUE_TILES
     head = (program // VALUE_TILES) % heads
     segment = program // VALUE_TILES // heads
-    first_chunk = tl.load(segments_ptr + segment * 6)
-    num_chunks = tl.load(segments_ptr + segment * 6 + 1)
-    first_token = tl.load(segments_ptr + segment * 6 + 2)
-    end_token = tl.load(segments_ptr + segment * 6 + 3)
-    if_first = tl.load(segments_ptr + segment * 6 + 4)
-    if_last = tl.load(segments_ptr + segment * 6 + 5)
+    first_chunk, num_chunks, first_token, end_token, if_first, if_last = segment_row(segments_ptr, segment)
     if GOING == BY_SEGMENT:  # nobody asks what a sequence's first segment hands back
         num_chunks = tl.where(if_first >= 0, 0, num_chunks)
     query_head = head // (heads // query_heads)
