@@ -140,8 +140,10 @@ class GatedDeltaNet(Mixer):
                 return self._step(q, k, v, hidden_states, rope, state, real), {}
         if self.config.short_convolution:
             q, k, v = self._convolve(q, k, v, state, real)
+        elif real is not None:  # padding may hold anything, and 0 · NaN is NaN; a convolution leaves zeros there
+            q, k, v = (torch.where(real[..., None, None], x, 0.0) for x in (q, k, v))
         if self.config.rope:
-            q, k = rope(q), rope(k)
+            q, k = rope(q).to(v.dtype), rope(k).to(v.dtype)  # under autocast the rotation is in fp32
         log_decay, beta = self.new.gates(hidden_states, real)
         # Query head n reads key head n // G, as in the teacher: the op takes grouped heads as they are.
         out, recurrent = gated_delta_rule(

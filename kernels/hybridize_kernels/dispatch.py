@@ -81,6 +81,16 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
 
 
+def current_stream(device: torch.device) -> int:
+    """The stream that work on this device goes to now; 0 on the CPU."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on this device is recorded for a CUDA graph, and not done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def untraced(run: Callable[..., Result]) -> Callable[..., Result]:
     """`run` as it is, or while torch.compile traces, in a form that it calls and does not look into."""
     return torch.compiler.disable(run) if torch.compiler.is_compiling() else run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridize_kernels import gated_delta_rule, use_implementation
+from hybridize_kernels.dispatch import Implementation
 from hybridize_kernels.gated_delta_rule import chunked, step_kernel
 from tests.kernels.gated_delta_cases import (
     Case,
@@ -43,6 +45,7 @@ def test_heads_in_any_grouping(heads: tuple[int, int, int, int], kernel_device: 
 
 HARD: dict[str, dict[str, Any]] = {
     "steep decays": {"decay": "steep"},
+    "steep decays at the end of a chunk": {"decay": "steep", "time": 64},
     "weak decays": {"decay": "weak"},
     "no decay": {"decay": "none"},
     "beta 0": {"beta": 0.0},
@@ -142,6 +145,37 @@ def test_lengths_that_change_in_place(kernel_device: str) -> None:
     afresh = chunked.gated_delta_rule(**inputs, **{**options, "cu_seqlens": ends.clone()})
     assert not torch.equal(first[0], moved[0])
     assert all(torch.equal(x, y) for x, y in zip(moved, afresh, strict=True))
+
+
+@pytest.mark.parametrize("form", ["reference", "eager", "triton"])
+def test_what_lies_behind_the_last_sequence_is_zero(form: Implementation, kernel_device: str) -> None:
+    case = Case(lengths=(5, 65), heads=(1, 1, 2, 2), device=kernel_device)
+    inputs, options = case.inputs(), case.options()
+    options["cu_seqlens"] = torch.tensor([0, 5, 60], device=kernel_device)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    with use_implementation(form):
+        output, _ = gated_delta_rule(**leaves, **options)
+    assert output.shape[1] == 70
+    assert not output[:, 60:].any()
+    assert output[:, :60].isfinite().all()
+    gradients = torch.autograd.grad(output.sum(), list(leaves.values())[:5])
+    assert all(not x[:, 60:].any() and x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("segment_chunks", [None, 1])
+def test_keys_in_several_tiles(
+    normalize: bool, segment_chunks: int | None, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("hybridize_kernels.gated_delta_rule.plan")
+    key_tile, key = (16, 40) if kernel_device == "cpu" else (64, 128)
+    monkeypatch.setattr(module, "KEY_TILE", key_tile)
+    module.plan_of.cache_clear()  # the tile is no part of a plan's key
+    case = Case(100, batch=1, heads=(1, 2, 1, 2), key=key, value=24, normalize=normalize, device=kernel_device)
+    try:
+        check(case, segment_chunks=segment_chunks)
+    finally:
+        module.plan_of.cache_clear()
 
 
 @settings(max_examples=8)

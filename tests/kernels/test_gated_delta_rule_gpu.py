@@ -74,7 +74,7 @@ def test_lengths(case: Case) -> None:
 
 @every_configuration
 def test_decays(case: Case) -> None:
-    for time, decay in product({SHORT, LONG} & {*times_of(case)}, ("steep", "weak", "none")):
+    for time, decay in product({SHORT, LONG, 64} & {*times_of(case)}, ("steep", "weak", "none")):
         check(replace(case, time=time, decay=decay), segment_chunks=WHOLE)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridize_kernels.gated_delta_rule import layout
 from hybridize_kernels.gated_delta_rule.layout import Tables, tables
 
 CPU = torch.device("cpu")
@@ -112,3 +114,18 @@ def test_lengths_that_nobody_counts_the_changes_of() -> None:
 def test_tables_are_32_bits_wide(dtype: torch.dtype) -> None:
     made = tables(1, 30, torch.tensor([0, 5, 30], dtype=dtype), CPU, chunk=8, segment_chunks=1)
     assert {x.dtype for x in (made.chunks, made.segments, made.sequences)} == {torch.int32}
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 9)])
+def test_what_is_captured_owns_its_tables(lengths: tuple[int, ...] | None) -> None:
+    """They are not computed before the graph is replayed: nobody else may be handed them, nor may a cache drop them."""
+    ends = None if lengths is None else torch.tensor([0, *accumulate(lengths)])
+    make = lambda: tables(1, 12, ends, CPU, chunk=8)  # noqa: E731
+    with mock.patch.object(layout, "is_capturing", return_value=True):
+        captured = make()
+        again = make()
+    outside = make()
+    assert captured.chunks.data_ptr() != again.chunks.data_ptr()
+    assert outside.chunks.data_ptr() not in (captured.chunks.data_ptr(), again.chunks.data_ptr())
+    assert outside.chunks.data_ptr() == make().chunks.data_ptr()
+    assert all(torch.equal(x, y) for x, y in zip(captured, outside, strict=True))

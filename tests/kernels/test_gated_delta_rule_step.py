@@ -49,6 +49,18 @@ def test_property_the_kernel_equals_the_reference(steps: Steps, seed: int) -> No
 
 
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_autograd_is_told_that_the_state_has_changed(form: Implementation, kernel_device: str) -> None:
+    weight = torch.ones(4, 4, device=kernel_device, requires_grad=True)
+    state = torch.ones(1, 1, 4, 4, device=kernel_device)
+    before = (weight * state).sum()
+    token, gate = torch.ones(1, 1, 1, 4, device=kernel_device), torch.zeros(1, 1, 1, device=kernel_device)
+    with use_implementation(form):
+        gated_delta_rule_step(token, token, token, gate, gate + 0.5, state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("time", [1, 2, 7, 16])
 def test_every_option_at_once(form: Implementation, dtype: torch.dtype, time: int, kernel_device: str) -> None:

@@ -130,6 +130,22 @@ def test_padding_before_or_between_turns_changes_nothing(config: GatedDeltaNetCo
         torch.testing.assert_close(tensor[:1], alone.layers[LAYER][name], **TOLERANCE)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("tokens", [12, 22])
+@torch.no_grad()
+def test_padding_may_hold_anything(config: GatedDeltaNetConfig, tokens: int) -> None:
+    """A step for few tokens, chunks for more: neither lets what is not finite there reach the state."""
+    layer = OneLayer(config)
+    layer.disturb()
+    x = layer.hidden_states(1, tokens)
+    positions = torch.tensor([[-1, -1, *range(tokens - 2)]])
+    expected = layer(x[:, 2:], DynamicCache())
+    x[:, :2] = float("nan")
+    cache = DynamicCache()
+    torch.testing.assert_close(layer(x, cache, positions)[:, 2:], expected, **TOLERANCE)
+    assert all(tensor.isfinite().all() for tensor in cache.layers[LAYER].tensors.values())
+
+
 @torch.no_grad()
 def test_every_new_parameter_is_set_from_whatever_was_in_memory() -> None:
     layer = OneLayer(EVERYTHING, num_attention_heads=6)

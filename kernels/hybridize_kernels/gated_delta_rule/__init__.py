@@ -1,5 +1,6 @@
 """Gated delta rule: linear attention whose state forgets by a decay and corrects by a delta (arXiv 2412.06464)."""
 
+import torch
 from torch import Tensor
 
 from ..dispatch import check_shape, choose, needs_grad, untraced
@@ -42,8 +43,10 @@ def gated_delta_rule(
         initial_state: `[B, HS, K, V]`; zeros unless given.
         output_final_state: also return the state after the last token.
         normalize_qk: L2-normalise q and k over K first.
-        cu_seqlens: `[N + 1]` integers, 0 first and T last: B is 1, and N sequences lie one after the other, each with
-            a state of its own (initial and final states `[N, HS, K, V]`). Kernels never read it on the host.
+        cu_seqlens: `[N + 1]` integers, 0 first: B is 1, and N sequences lie one after the other, each with a state of
+            its own (initial and final states `[N, HS, K, V]`). Behind the last of them the output and all gradients
+            are 0. Kernels never read it on the host; it is taken for changed when torch counts a change of it, which
+            it does not of what is written through `.data` or by another library.
         store_states: in training, keep the state that enters each chunk of tokens for the backward pass (2 K V / C
             bytes a token and head in bf16, and as much again for other intermediates); otherwise compute them again.
 
@@ -58,7 +61,8 @@ def gated_delta_rule(
     """
     _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
     tensors = (q, k, v, log_decay, beta, initial_state)
-    fits = max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_SIZE
+    halves_or_single = all(x.dtype != torch.float64 for x in (q, k, v))
+    fits = halves_or_single and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_SIZE
     form = choose("gated_delta_rule", *tensors, has_kernel=True, kernel_fits=fits, kernel_has_gradient=True)
     options = {
         "scale": scale,

@@ -97,7 +97,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             # Without stored states the chunks are walked once more in the backward pass.
             kept = (*parts, *walked) if walked is not None else ()
             asked = output if plan.needs_output else None
-            ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, asked, transition, *kept)
+            ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, asked, transition if kept else None, *kept)
             ctx.call = call
         return output, final
 
@@ -114,7 +114,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         else:
             initial = _wide(initial_state)
             parts = within(plan, tables, q, k, log_decay, beta)
-            entered, _ = entering(plan, tables, k, v, parts, initial)
+            entered, transition = entering(plan, tables, k, v, parts, initial)
             _, _, again = forward(plan, tables, q, k, v, parts, initial, entered, final=False, store=True)
             assert again is not None
             walked = again
@@ -141,10 +141,8 @@ def _wide(state: Tensor | None) -> Tensor | None:
 
 
 def _sum_group(gradient: Tensor, like: Tensor) -> Tensor:
-    """Sums the gradients of the state heads that share a head of `like`."""
+    """Sums the gradients of the state heads that share a head of `like`; torch adds halves up in fp32."""
     if gradient.shape == like.shape:
         return gradient
     batch, time, heads, size = like.shape
-    return (
-        gradient.view(batch, time, heads, gradient.shape[2] // heads, size).sum(3, dtype=torch.float32).to(like.dtype)
-    )
+    return gradient.view(batch, time, heads, gradient.shape[2] // heads, size).sum(3)

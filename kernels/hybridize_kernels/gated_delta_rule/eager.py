@@ -51,7 +51,8 @@ def gated_delta_rule(
             for n, (begin, end) in enumerate(pairwise(ends))
         ]
         states = [state for _, state in parts if state is not None]
-        return torch.cat([output for output, _ in parts], dim=1), torch.cat(states) if states else None
+        rest = v.new_zeros(1, q.shape[1] - ends[-1], log_decay.shape[2], v.shape[3])
+        return torch.cat([*(output for output, _ in parts), rest], dim=1), torch.cat(states) if states else None
     key_size, value_size, heads = q.shape[-1], v.shape[-1], log_decay.shape[2]
     out_dtype = v.dtype
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32

@@ -69,7 +69,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Walked | None]:
     """The output, the final state if asked for, and, if they are to be stored, the states on the way."""
     heads, _, value_size = plan.state_shape
-    output = v.new_empty(*v.shape[:2], heads, value_size)
+    output = _tokens(plan, v, heads, value_size)
     last = _states(plan.key.num_sequences, plan.state_shape, v) if final else None
     walked = None
     if store:
@@ -103,6 +103,7 @@ def backward(
     needs_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of the values, of the states that leave the chunks, and, if asked for, of the initial state."""
+    heads, _, value_size = plan.state_shape
 
     def walk(
         start: Tensor | None, entered: Tensor | None, end: Tensor | None, to: int, stored: tuple[Tensor, Tensor] | None
@@ -124,7 +125,7 @@ def backward(
         arriving = _states(plan.num_segments, plan.state_shape, q)
         walk(None, None, arriving, int(BY_SEGMENT.value), None)
         entered = _relay(plan, tables, transition, arriving, d_final, backward=True)
-    d_value = torch.empty_like(d_output)
+    d_value = _tokens(plan, d_output, heads, value_size)
     d_states = q.new_empty(plan.num_chunks, *plan.state_shape)
     d_initial = _states(plan.key.num_sequences, plan.state_shape, q) if needs_initial else None
     going = int(BY_SEQUENCE.value if needs_initial else NOWHERE.value)
@@ -149,13 +150,13 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k (a state head each), log_decay and beta."""
     heads, key_size, _ = plan.state_shape
-    d_query, d_key = (q.new_empty(*q.shape[:2], heads, key_size) for _ in range(2))
-    tiles = plan.key_tiles
+    d_query, d_key = (_tokens(plan, q, heads, key_size) for _ in range(2))
+    tiles, empty = plan.key_tiles, torch.zeros if plan.key.packed else torch.empty
     if tiles == 1:
-        d_log_decay, d_beta = torch.empty_like(log_decay), torch.empty_like(beta)
+        d_log_decay, d_beta = (empty(x.shape, dtype=x.dtype, device=q.device) for x in (log_decay, beta))
     else:
         parts_shape = (tiles, *log_decay.shape)
-        d_log_decay, d_beta = (torch.empty(parts_shape, dtype=torch.float32, device=q.device) for _ in range(2))
+        d_log_decay, d_beta = (empty(parts_shape, dtype=torch.float32, device=q.device) for _ in range(2))
     _run(
         plan.input_gradient,
         q,
@@ -187,6 +188,12 @@ def _relay(
     launch = plan.relay(has_outer=outer is not None, backward=backward)
     _run(launch, transition, arriving, tables.sequences, _first(outer, arriving), entered)
     return entered
+
+
+def _tokens(plan: Plan, like: Tensor, heads: int, size: int) -> Tensor:
+    """Memory of `[B, T, heads, size]`; zeros where the packed sequences may end before the text does."""
+    shape = (*like.shape[:2], heads, size)
+    return like.new_zeros(shape) if plan.key.packed else like.new_empty(shape)
 
 
 def _states(count: int, shape: tuple[int, int, int], like: Tensor) -> Tensor:

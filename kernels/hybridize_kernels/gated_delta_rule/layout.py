@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..dispatch import current_stream, is_capturing
+
 
 class Shape(NamedTuple):
     """Sizes of a call.
@@ -62,18 +64,22 @@ def tables(
         cu_seqlens: [N + 1] where the packed sequences begin and end, or None.
         segment_chunks: chunks of a segment; None: a sequence is one segment.
     """
+    # What is captured is not computed yet, must follow the lengths it is replayed with, and outlives what a cache
+    # forgets: a graph owns its tables.
+    capturing = is_capturing(device)
     if cu_seqlens is None:
-        return _uniform(batch, time, device, chunk, segment_chunks)
-    if cu_seqlens.is_inference() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        # Nobody counts the changes of the one; and what is captured must follow the numbers it is replayed with.
+        make = _uniform.__wrapped__ if capturing else _uniform
+        return make(batch, time, device, chunk, segment_chunks, current_stream(device))
+    if capturing or cu_seqlens.is_inference():  # nobody counts the changes of an inference tensor
         return _packed(cu_seqlens, time, device, chunk, segment_chunks)
     # The layers of a model are all called with the same tensor.
     known: dict[tuple[Any, ...], Tables] = _known.setdefault(cu_seqlens, {})
-    key = (cu_seqlens._version, time, device, chunk, segment_chunks)
-    if key not in known:
+    key = (cu_seqlens._version, time, device, chunk, segment_chunks, current_stream(device))
+    made = known.get(key)
+    if made is None:
         known.clear()
-        known[key] = _packed(cu_seqlens, time, device, chunk, segment_chunks)
-    return known[key]
+        made = known[key] = _packed(cu_seqlens, time, device, chunk, segment_chunks)
+    return made
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -102,7 +108,10 @@ def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, seg
 
 
 @lru_cache(maxsize=512)
-def _uniform(batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
+def _uniform(
+    batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None, stream: int
+) -> Tables:
+    # Another stream has tables of its own: it would not wait for these.
     ends = torch.arange(batch + 1, device=device) * time
     return _make(ends, time, False, chunk, segment_chunks, batch)
 

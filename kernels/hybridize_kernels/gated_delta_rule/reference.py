@@ -47,5 +47,7 @@ def gated_delta_rule(
             state = state + torch.einsum("hk,hv->hkv", k[row, t], delta)
             outputs.append(scale * torch.einsum("hkv,hk->hv", state, q[row, t])[None])
         states.append(state[None])
+    missing = q.shape[0] * q.shape[1] - len(outputs) + 1  # behind the last packed sequence
+    outputs.append(q.new_zeros(missing, heads, value_size))
     output = torch.cat(outputs).view(*q.shape[:2], heads, value_size).to(v.dtype)
     return output, torch.cat(states) if output_final_state else None

@@ -90,6 +90,8 @@ def gated_delta_rule_step(
         tile=tile,
         key_last=key_last,
     )
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)  # autograd does not see what a kernel writes
     return output
 
 

@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 _TABLE = {
-    # Key size up to, value tile up to; measured on an H100 at (B, T, HS, D) = (8, 2048, 9, 64), (8, 4096, 16, 128)
+    # By the size of the keys, at most; measured on an H100 at (B, T, HS, D) = (8, 2048, 9, 64), (8, 4096, 16, 128)
     # and (8, 4096, 8, 256). Value tiles below 64 columns need a pipeline: without, Triton 3.6 compiles a read of
     # shared memory beyond its end.
     64: Tiles(64, Tile(0, 4, 1, 3, 168), Tile(32, 4, 3, 2), Tile(32, 4, 3, 2), Tile(32, 4, 2), Tile(64, 4, 2)),

@@ -61,6 +61,8 @@ def short_convolution_step(
         PADDED=real is not None,
         num_warps=WARPS,
     )
+    if not tail.is_inference():
+        torch.autograd.graph.increment_version(tail)  # autograd does not see what a kernel writes
     return ys
 
 
