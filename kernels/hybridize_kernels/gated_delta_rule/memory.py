@@ -73,3 +73,9 @@ def segment_row(segments_ptr, segment):
     """A row of `Tables.segments`."""
     row = segments_ptr + segment * 6
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_square(ptr, tile, place, C: tl.constexpr):
+    """A chunk's matrix in `[NC, HS, C, C]`."""
+    return tl.load(ptr + tile * (C * C) + (place[:, None] * C + place[None, :]))

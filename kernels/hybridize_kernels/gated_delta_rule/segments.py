@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import head_of, load_tile, segment_row, store_columns
+from .memory import head_of, load_square, load_tile, segment_row, store_columns
 from .within import NUM_ROWS, READ_KEY, SUM, WRITE_KEY
 
 
@@ -61,7 +61,7 @@ def transition_kernel(
         k = load_tile(head_of(k_ptr, token, key_heads, key_head, K), row * (key_heads * K), column, K, BLOCK_K != K)
         at_value = row[:, None] * (value_heads * V) + value[None, :]
         v = tl.load(head_of(v_ptr, token, value_heads, value_head, V) + at_value, mask=in_values[None, :], other=0.0)
-        inverse = tl.load(inverse_ptr + tile * (C * C) + (place[:, None] * C + place[None, :]))
+        inverse = load_square(inverse_ptr, tile, place, C)
         factors = rows_ptr + tile * (NUM_ROWS * C)
         read_key = tl.load(factors + READ_KEY * C + place)
         write_key = tl.load(factors + WRITE_KEY * C + place)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import head_of, load_tile, read_state, segment_row, store_columns, write_state
+from .memory import head_of, load_square, load_tile, read_state, segment_row, store_columns, write_state
 from .within import NUM_ROWS, READ_KEY, READ_QUERY, SUM, WRITE_KEY
 
 # Where the state comes from and goes to.
@@ -85,8 +85,8 @@ def forward_kernel(
         v = load_tile(v_base, row * (value_heads * V), value, V, V % BLOCK_V != 0)
         q_base = head_of(q_ptr, token, query_heads, query_head, K)
         q = load_tile(q_base, row * (query_heads * K), column, K, BLOCK_K != K)
-        inverse = tl.load(inverse_ptr + tile * (C * C) + (place[:, None] * C + place[None, :]))
-        scores = tl.load(scores_ptr + tile * (C * C) + (place[:, None] * C + place[None, :]))
+        inverse = load_square(inverse_ptr, tile, place, C)
+        scores = load_square(scores_ptr, tile, place, C)
         factors = rows_ptr + tile * (NUM_ROWS * C)
         read_key = tl.load(factors + READ_KEY * C + place)
         read_query = tl.load(factors + READ_QUERY * C + place)
@@ -169,8 +169,8 @@ def backward_kernel(
         d_output = load_tile(d_output_base, row * (heads * V), value, V, V % BLOCK_V != 0)
         q_base = head_of(q_ptr, token, query_heads, query_head, K)
         q = load_tile(q_base, row * (query_heads * K), column, K, BLOCK_K != K)
-        inverse = tl.load(inverse_ptr + tile * (C * C) + (place[:, None] * C + place[None, :]))
-        scores = tl.load(scores_ptr + tile * (C * C) + (place[:, None] * C + place[None, :]))
+        inverse = load_square(inverse_ptr, tile, place, C)
+        scores = load_square(scores_ptr, tile, place, C)
         factors = rows_ptr + tile * (NUM_ROWS * C)
         read_key = tl.load(factors + READ_KEY * C + place)
         read_query = tl.load(factors + READ_QUERY * C + place)
