@@ -2,13 +2,14 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/gated_delta_rule.py [--cases forward,backward] [--out FOLDER] [--tiny]
 
-One JSON object a line, a file for each section, then a table. TFLOP/s and GB/s are of the operations and bytes that a
-pass needs at least (`gated_delta_cases` derives them), the same for all; `floor_ms` is what the one of them that
-takes longer, named by `bound`, takes at the rate of a matrix product or a copy in this run. `rel_error` is the largest
-of the output, or of any gradient, over the first tokens of two key heads of one row, beside the eager form in fp64;
-`worst` names the tensor. Ours is timed before its peers and after them (`again_ms`). `graph_ms` is the time of a CUDA
-graph's replay, without what Python and launches cost; rates are of the shorter time. `peak_gib` is what a forward and
-a backward pass reach, inputs included.
+Further cases: tiles, every tile of the decoding step, which its table was chosen from. One JSON object a line, a file
+for each section, then a table. TFLOP/s and GB/s are of the operations and bytes that a pass needs at least
+(`gated_delta_cases` derives them), the same for all; `floor_ms` is what the one of them that takes longer, named by
+`bound`, takes at the rate of a matrix product or a copy in this run. `rel_error` is the largest of the output, or of
+any gradient, over the first tokens of two key heads of one row, beside the eager form in fp64; `worst` names the
+tensor. Ours is timed before its peers and after them (`again_ms`). `graph_ms` is the time of a CUDA graph's replay,
+without what Python and launches cost; rates are of the shorter time. `peak_gib` is what a forward and a backward pass
+reach, inputs included.
 """
 
 from __future__ import annotations
@@ -217,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "backward": lambda: rule(backward=True),
         "decode": lambda: module("gated_delta_step"),
         "parts": lambda: module("gated_delta_parts"),
+        "tiles": lambda: import_module("benchmarks.gated_delta_step").compare_tiles(report, yardsticks),  # on a GPU
     }
     names = options.cases.split(",")
     for name in names:
