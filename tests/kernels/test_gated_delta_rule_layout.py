@@ -117,10 +117,10 @@ def test_tables_are_32_bits_wide(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lengths", [None, (3, 9)])
-def test_what_is_captured_owns_its_tables(lengths: tuple[int, ...] | None) -> None:
+def test_tables_that_are_captured_belong_to_the_graph(lengths: tuple[int, ...] | None) -> None:
     """They are not computed before the graph is replayed: nobody else may be handed them, nor may a cache drop them."""
     ends = None if lengths is None else torch.tensor([0, *accumulate(lengths)])
-    make = lambda: tables(1, 12, ends, CPU, chunk=8)  # noqa: E731
+    make = lambda: tables(1, 12, ends, CPU, chunk=7)  # noqa: E731
     with mock.patch.object(layout, "is_capturing", return_value=True):
         captured = make()
         again = make()
@@ -129,3 +129,25 @@ def test_what_is_captured_owns_its_tables(lengths: tuple[int, ...] | None) -> No
     assert outside.chunks.data_ptr() not in (captured.chunks.data_ptr(), again.chunks.data_ptr())
     assert outside.chunks.data_ptr() == make().chunks.data_ptr()
     assert all(torch.equal(x, y) for x, y in zip(captured, outside, strict=True))
+
+
+def test_a_graph_keeps_the_tables_made_before_its_capture() -> None:
+    """Equal lengths never change, so that nothing of them needs to be captured."""
+    make = lambda: tables(3, 12, None, CPU, chunk=5)  # noqa: E731
+    before = make()
+    with mock.patch.object(layout, "is_capturing", return_value=True):
+        captured = make()
+        layout._of_streams.cache_clear()  # as when many other shapes have come since
+        assert make() is captured
+    assert captured is before
+    assert make() is not captured, "tables are made anew where the cache has dropped them"
+
+
+def test_each_stream_has_its_own_tables() -> None:
+    make = lambda: tables(3, 12, None, CPU, chunk=4)  # noqa: E731
+    first = make()
+    with mock.patch.object(layout, "current_stream", return_value=1):
+        second = make()
+        assert make() is second
+    assert second is not first
+    assert make() is first

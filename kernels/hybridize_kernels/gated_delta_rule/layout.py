@@ -64,13 +64,10 @@ def tables(
         cu_seqlens: [N + 1] where the packed sequences begin and end, or None.
         segment_chunks: chunks of a segment; None: a sequence is one segment.
     """
-    # What is captured is not computed yet, must follow the lengths it is replayed with, and outlives what a cache
-    # forgets: a graph owns its tables.
-    capturing = is_capturing(device)
     if cu_seqlens is None:
-        make = _uniform.__wrapped__ if capturing else _uniform
-        return make(batch, time, device, chunk, segment_chunks, current_stream(device))
-    if capturing or cu_seqlens.is_inference():  # nobody counts the changes of an inference tensor
+        return _equal(batch, time, device, chunk, segment_chunks)
+    # A graph follows the lengths that it is replayed with. Nobody counts the changes of an inference tensor.
+    if is_capturing(device) or cu_seqlens.is_inference():
         return _packed(cu_seqlens, time, device, chunk, segment_chunks)
     # The layers of a model are all called with the same tensor.
     known: dict[tuple[Any, ...], Tables] = _known.setdefault(cu_seqlens, {})
@@ -107,13 +104,36 @@ def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, seg
     return _make(cu_seqlens.to(device).long().clamp(max=time), time, True, chunk, segment_chunks, num_sequences)
 
 
+def _equal(batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
+    def make() -> Tables:
+        ends = torch.arange(batch + 1, device=device) * time
+        return _make(ends, time, False, chunk, segment_chunks, batch)
+
+    shape = (batch, time, device, chunk, segment_chunks)
+    of_streams = _of_streams(*shape)
+    if not is_capturing(device):
+        stream = current_stream(device)
+        if stream not in of_streams:
+            of_streams[stream] = make()
+        return of_streams[stream]
+    # A graph reads its tables for as long as it lives, so none that it was given is ever dropped. What was queued
+    # before a capture is done when the graph is replayed; what is captured is not, and nobody else may be given it.
+    if shape not in _captured:
+        if not of_streams:
+            return make()
+        _captured[shape] = next(iter(of_streams.values()))
+    return _captured[shape]
+
+
 @lru_cache(maxsize=512)
-def _uniform(
-    batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None, stream: int
-) -> Tables:
-    # Another stream has tables of its own: it would not wait for these.
-    ends = torch.arange(batch + 1, device=device) * time
-    return _make(ends, time, False, chunk, segment_chunks, batch)
+def _of_streams(
+    batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None
+) -> dict[int, Tables]:
+    """The tables of one shape, by the stream they were made on: another would not wait for them."""
+    return {}
+
+
+_captured: dict[tuple[Any, ...], Tables] = {}
 
 
 def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int | None, num_sequences: int) -> Tables:
