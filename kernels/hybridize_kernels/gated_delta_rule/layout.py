@@ -11,10 +11,19 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton import cdiv
 
 from ..dispatch import current_stream, is_capturing
+from ..launch import launch
+
+ROWS = 64
+"""Rows of a table that a program of `tables_kernel` makes, and sequences that it looks at together."""
+WHOLE = 2**30
+"""Chunks of a segment that is all of its sequence."""
 
 
 class Shape(NamedTuple):
@@ -99,9 +108,7 @@ def most_segments(num_sequences: int, time: int, packed: bool, chunk: int, segme
 
 
 def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
-    num_sequences = cu_seqlens.numel() - 1
-    # An end beyond the text would be written to.
-    return _make(cu_seqlens.to(device).long().clamp(max=time), time, True, chunk, segment_chunks, num_sequences)
+    return _make(cu_seqlens.to(device), time, True, chunk, segment_chunks, cu_seqlens.numel() - 1)
 
 
 def _equal(batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
@@ -137,42 +144,99 @@ _captured: dict[tuple[Any, ...], Tables] = {}
 
 
 def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int | None, num_sequences: int) -> Tables:
-    max_chunks = most_chunks(num_sequences, time, packed, chunk)
-    max_segments = most_segments(num_sequences, time, packed, chunk, segment_chunks)
-    starts, ends = ends[:-1], ends[1:]
-    counts = (ends - starts + chunk - 1) // chunk
-    sequence, index, used = _pieces(counts, max_chunks)
-    first = starts[sequence] + index * chunk
-    tokens = torch.where(used, (ends[sequence] - first).clamp(0, chunk), 0)
-    chunks = torch.stack((first, tokens), dim=1)
+    num_chunks = most_chunks(num_sequences, time, packed, chunk)
+    num_segments = most_segments(num_sequences, time, packed, chunk, segment_chunks)
+    sizes = ((num_chunks, 2), (num_segments, 6), (num_sequences, 2))
+    made = Tables(*(torch.empty(size, dtype=torch.int32, device=ends.device) for size in sizes))
+    if num_sequences:
+        launch(
+            tables_kernel,
+            (cdiv(max(num_chunks, num_segments), ROWS),),
+            (ends.contiguous(), *made),
+            (
+                num_sequences,
+                num_chunks,
+                num_segments,
+                segment_chunks or WHOLE,
+                time if packed else num_sequences * time,
+            ),
+            C=chunk,
+            ROWS=ROWS,
+            num_warps=4,
+        )
+    return made
 
-    size = 2**31 if segment_chunks is None else segment_chunks
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["num_sequences", "num_chunks", "num_segments", "segment_chunks", "num_tokens"]
+)
+def tables_kernel(
+    ends_ptr,  # [N + 1]
+    chunks_ptr,  # [NC, 2]
+    segments_ptr,  # [NS, 6]
+    sequences_ptr,  # [N, 2]
+    num_sequences,
+    num_chunks,
+    num_segments,
+    segment_chunks,
+    num_tokens,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A program makes ROWS rows of the chunks and of the segments, for which it counts those of every sequence."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Of the sequence that a row belongs to: its number, how many rows are before its own, and for segments, chunks.
+    sequence = tl.zeros((ROWS,), tl.int32)
+    chunks_before = tl.zeros((ROWS,), tl.int32)
+    segment_sequence = tl.zeros((ROWS,), tl.int32)
+    segments_before = tl.zeros((ROWS,), tl.int32)
+    segment_chunks_before = tl.zeros((ROWS,), tl.int32)
+    all_chunks, all_segments = 0, 0
+    for first in range(0, num_sequences, ROWS):
+        n = first + tl.arange(0, ROWS)
+        _, _, chunks, segments = counts_of(ends_ptr, n, num_sequences, num_tokens, segment_chunks, C)
+        chunk_ends = all_chunks + tl.cumsum(chunks)
+        segment_ends = all_segments + tl.cumsum(segments)
+        passed = (n < num_sequences)[None, :] & (chunk_ends[None, :] <= row[:, None])
+        sequence += tl.sum(passed.to(tl.int32), 1)
+        chunks_before = tl.maximum(chunks_before, tl.max(tl.where(passed, chunk_ends[None, :], 0), 1))
+        passed = (n < num_sequences)[None, :] & (segment_ends[None, :] <= row[:, None])
+        segment_sequence += tl.sum(passed.to(tl.int32), 1)
+        segments_before = tl.maximum(segments_before, tl.max(tl.where(passed, segment_ends[None, :], 0), 1))
+        segment_chunks_before = tl.maximum(segment_chunks_before, tl.max(tl.where(passed, chunk_ends[None, :], 0), 1))
+        if tl.program_id(0) == 0:
+            tl.store(sequences_ptr + n * 2, segment_ends - segments, mask=n < num_sequences)
+            tl.store(sequences_ptr + n * 2 + 1, segments, mask=n < num_sequences)
+        all_chunks += tl.sum(chunks)
+        all_segments += tl.sum(segments)
+
+    # A row that nothing uses is a place in the text, too: that of the first token.
+    start, end, _, _ = counts_of(ends_ptr, sequence, num_sequences, num_tokens, segment_chunks, C)
+    token = start + tl.where(row < all_chunks, row - chunks_before, 0) * C
+    tl.store(chunks_ptr + row * 2, token, mask=row < num_chunks)
+    tl.store(chunks_ptr + row * 2 + 1, tl.minimum(tl.maximum(end - token, 0), C), mask=row < num_chunks)
+
+    sequence = segment_sequence
+    start, end, chunks, segments = counts_of(ends_ptr, sequence, num_sequences, num_tokens, segment_chunks, C)
+    used = row < all_segments
+    index = tl.where(used, row - segments_before, 0)
+    at, is_row = segments_ptr + row * 6, row < num_segments
+    tl.store(at, tl.where(used, segment_chunks_before + index * segment_chunks, 0), mask=is_row)
+    tl.store(at + 1, tl.minimum(chunks - index * segment_chunks, segment_chunks), mask=is_row)
+    tl.store(at + 2, start + index * segment_chunks * C, mask=is_row)
+    tl.store(at + 3, end, mask=is_row)
+    tl.store(at + 4, tl.where(used & (index == 0), sequence, -1), mask=is_row)
+    tl.store(at + 5, tl.where(used & (index == segments - 1), sequence, -1), mask=is_row)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def counts_of(ends_ptr, sequence, num_sequences, num_tokens, segment_chunks, C: tl.constexpr):
+    """Begin and end of sequences, their chunks and segments; zeros for one beyond the last."""
+    is_one = sequence < num_sequences
+    # An end beyond the text would be written to.
+    start = tl.minimum(tl.load(ends_ptr + sequence, mask=is_one, other=0), num_tokens).to(tl.int32)
+    end = tl.minimum(tl.load(ends_ptr + sequence + 1, mask=is_one, other=0), num_tokens).to(tl.int32)
+    chunks = (end - start + C - 1) // C
     # A sequence without tokens has a segment too: its state passes through.
-    segment_counts = ((counts + size - 1) // size).clamp(min=1)
-    sequence, index, used = _pieces(segment_counts, max_segments)
-    num_chunks = torch.where(used, (counts[sequence] - index * size).clamp(0, size), 0)
-    is_last = index == segment_counts[sequence] - 1
-    nowhere = torch.full_like(sequence, -1)
-    segments = torch.stack(
-        (
-            (counts.cumsum(0) - counts)[sequence] + index * size,
-            num_chunks,
-            starts[sequence] + index * size * chunk,
-            ends[sequence],
-            torch.where(used & (index == 0), sequence, nowhere),
-            torch.where(used & is_last, sequence, nowhere),
-        ),
-        dim=1,
-    )
-    sequences = torch.stack((segment_counts.cumsum(0) - segment_counts, segment_counts), dim=1)
-    return Tables(chunks.int(), segments.int(), sequences.int())
-
-
-def _pieces(counts: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `most` pieces, counts[n] of them the n-th sequence's: its sequence, its place there, and if there is one."""
-    ends = counts.cumsum(0)
-    ids = torch.arange(most, device=counts.device)
-    sequence = torch.searchsorted(ends, ids, right=True)
-    used = sequence < counts.numel()
-    sequence = sequence.clamp(max=counts.numel() - 1)
-    return sequence, torch.where(used, ids - (ends - counts)[sequence], 0), used
+    segments = tl.maximum((chunks + segment_chunks - 1) // segment_chunks, 1)
+    return start, end, tl.where(is_one, chunks, 0), tl.where(is_one, segments, 0)
