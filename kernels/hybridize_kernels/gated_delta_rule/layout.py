@@ -74,7 +74,7 @@ def tables(
         segment_chunks: chunks of a segment; None: a sequence is one segment.
     """
     if cu_seqlens is None:
-        return _equal(batch, time, device, chunk, segment_chunks)
+        return _Equal(batch, time, device, chunk, segment_chunks).tables()
     # A graph follows the lengths that it is replayed with. Nobody counts the changes of an inference tensor.
     if is_capturing(device) or cu_seqlens.is_inference():
         return _packed(cu_seqlens, time, device, chunk, segment_chunks)
@@ -108,42 +108,50 @@ def most_segments(num_sequences: int, time: int, packed: bool, chunk: int, segme
 
 
 def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
-    return _make(cu_seqlens.to(device), time, True, chunk, segment_chunks, cu_seqlens.numel() - 1)
+    return _make(cu_seqlens.to(device), time, True, chunk, segment_chunks)
 
 
-def _equal(batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
-    def make() -> Tables:
-        ends = torch.arange(batch + 1, device=device) * time
-        return _make(ends, time, False, chunk, segment_chunks, batch)
+class _Equal(NamedTuple):
+    """What the tables of equally long sequences depend on."""
 
-    shape = (batch, time, device, chunk, segment_chunks)
-    of_streams = _of_streams(*shape)
-    if not is_capturing(device):
-        stream = current_stream(device)
-        if stream not in of_streams:
-            of_streams[stream] = make()
-        return of_streams[stream]
-    # A graph reads its tables for as long as it lives, so none that it was given is ever dropped. What was queued
-    # before a capture is done when the graph is replayed; what is captured is not, and nobody else may be given it.
-    if shape not in _captured:
-        if not of_streams:
-            return make()
-        _captured[shape] = next(iter(of_streams.values()))
-    return _captured[shape]
+    batch: int
+    time: int
+    device: torch.device
+    chunk: int
+    segment_chunks: int | None
+
+    def tables(self) -> Tables:
+        of_streams = _of_streams(self)
+        if not is_capturing(self.device):
+            stream = current_stream(self.device)
+            if stream not in of_streams:
+                of_streams[stream] = self._made()
+            return of_streams[stream]
+        # A graph reads its tables for as long as it lives, so none that it was given is ever dropped. What was queued
+        # before a capture is done when the graph is replayed; what is captured is not: nobody else may be given it.
+        if self not in _captured:
+            if not of_streams:
+                return self._made()
+            _captured[self] = next(iter(of_streams.values()))
+        return _captured[self]
+
+    def _made(self) -> Tables:
+        ends = torch.arange(self.batch + 1, device=self.device) * self.time
+        return _make(ends, self.time, False, self.chunk, self.segment_chunks)
 
 
 @lru_cache(maxsize=512)
-def _of_streams(
-    batch: int, time: int, device: torch.device, chunk: int, segment_chunks: int | None
-) -> dict[int, Tables]:
-    """The tables of one shape, by the stream they were made on: another would not wait for them."""
+def _of_streams(equal: _Equal) -> dict[int, Tables]:
+    """Tables by the stream they were made on: another would not wait for them."""
     return {}
 
 
-_captured: dict[tuple[Any, ...], Tables] = {}
+_captured: dict[_Equal, Tables] = {}
 
 
-def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int | None, num_sequences: int) -> Tables:
+def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int | None) -> Tables:
+    num_sequences = ends.numel() - 1
+    num_tokens = time if packed else num_sequences * time
     num_chunks = most_chunks(num_sequences, time, packed, chunk)
     num_segments = most_segments(num_sequences, time, packed, chunk, segment_chunks)
     sizes = ((num_chunks, 2), (num_segments, 6), (num_sequences, 2))
@@ -153,13 +161,7 @@ def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int
             tables_kernel,
             (cdiv(max(num_chunks, num_segments), ROWS),),
             (ends.contiguous(), *made),
-            (
-                num_sequences,
-                num_chunks,
-                num_segments,
-                segment_chunks or WHOLE,
-                time if packed else num_sequences * time,
-            ),
+            (num_sequences, num_chunks, num_segments, segment_chunks or WHOLE, num_tokens),
             C=chunk,
             ROWS=ROWS,
             num_warps=4,

@@ -156,33 +156,20 @@ class Plan:
         return self._walks[index]
 
     def forward(self, *, coming: int, going: int, store: bool) -> Launch | None:
-        index = ("forward", coming, going, store)
-        if index not in self._walks:
-            shape = self.shape
-            self._walks[index] = _launch(
-                forward_kernel,
-                self._walkers(self.tiles.forward),
-                (shape.query_heads, shape.key_heads, shape.value_heads, shape.state_heads),
-                COMING=coming,
-                GOING=going,
-                STORE=store,
-                **self._constants(self.tiles.forward),
-            )
-        return self._walks[index]
+        shape = self.shape
+        heads = (shape.query_heads, shape.key_heads, shape.value_heads, shape.state_heads)
+        return self._walk(forward_kernel, self.tiles.forward, heads, COMING=coming, GOING=going, STORE=store)
 
     def backward(self, *, coming: int, going: int, store: bool) -> Launch | None:
-        index = ("backward", coming, going, store)
+        heads = (self.shape.query_heads, self.shape.key_heads, self.shape.state_heads)
+        return self._walk(backward_kernel, self.tiles.backward, heads, COMING=coming, GOING=going, STORE=store)
+
+    def _walk(self, kernel: Any, tile: Tile, heads: tuple[int, ...], **ways: int) -> Launch | None:
+        """A program for each segment, state head and tile of the values."""
+        index = (kernel.__name__, *ways.values())
         if index not in self._walks:
-            shape = self.shape
-            self._walks[index] = _launch(
-                backward_kernel,
-                self._walkers(self.tiles.backward),
-                (shape.query_heads, shape.key_heads, shape.state_heads),
-                COMING=coming,
-                GOING=going,
-                STORE=store,
-                **self._constants(self.tiles.backward),
-            )
+            programs = self.num_segments * self.shape.state_heads * int(cdiv(self.shape.value_size, tile.columns))
+            self._walks[index] = _launch(kernel, programs, heads, **ways, **self._constants(tile))
         return self._walks[index]
 
     @cached_property
@@ -208,9 +195,6 @@ class Plan:
     def needs_output(self) -> bool:
         """Whether the backward pass takes a norm's gradient from the output (see `input_gradient`)."""
         return self.key.normalize and self.key_tiles > 1
-
-    def _walkers(self, tile: Tile) -> int:
-        return self.num_segments * self.shape.state_heads * int(cdiv(self.shape.value_size, tile.columns))
 
     def _constants(self, tile: Tile) -> dict[str, Any]:
         return {
