@@ -1,14 +1,16 @@
-"""Native sparse attention: block means, the best blocks token by token and a window, summed by learned gates.
+"""Native sparse attention: pooled blocks, the best blocks token by token and a window, summed by learned gates.
 
-    o_i = g_cmp · attend(block means) + g_slc · attend(chosen blocks) + g_win · attend(window)
+    o_i = g_cmp · attend(pooled blocks) + g_slc · attend(chosen blocks) + g_win · attend(window)
 
-Source: Yuan et al., https://arxiv.org/abs/2502.11089. Unlike the paper, keys and values are pooled by their mean (no
-new parameters), the three branches share the teacher's keys and values, and the gates start where the teacher is.
+Source: Yuan et al., https://arxiv.org/abs/2502.11089. Unlike the paper, keys and values are pooled by their mean, or
+by a weighted sum that starts as the mean, the three branches share the teacher's keys and values, and the gates start
+where the teacher is.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +18,45 @@ from torch import Tensor, nn
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.native_sparse_attention import NativeSparseAttentionConfig
-from hybridize_kernels import native_sparse_attention
+from hybridize.mixers.parts.position_slots import PositionState
+from hybridize.mixers.parts.slots import make_writable
+from hybridize_kernels import native_sparse_attention, native_sparse_decode
 
 BRANCHES = ("compressed", "selected", "window")
 
 
-class BranchGates(nn.Module):
-    """sigmoid(W x + b) for each query head and branch; W starts at 0, b at the configured values."""
+class NativeSparseParameters(nn.Module):
+    """The gates, sigmoid(W x + b) for each query head and branch (W starts at 0, b at the configured values), and with
+    a learned compression the weights [block, H, D] that pool a block (they start as its mean)."""
 
     def __init__(self, config: NativeSparseAttentionConfig, geometry: AttentionGeometry) -> None:
         super().__init__()
         self.config = config
         self.branch_gates = nn.Linear(geometry.hidden_size, geometry.num_query_heads * len(BRANCHES))
+        shape = config.block_tokens, geometry.num_key_heads, geometry.head_size
+        learned = config.compression == "learned"
+        self.key_pooling = nn.Parameter(torch.empty(shape)) if learned else None
+        self.value_pooling = nn.Parameter(torch.empty(shape)) if learned else None
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Sets the weight and the bias, whatever was in their memory."""
+        """Sets every parameter, whatever was in its memory."""
         values = [getattr(self.config, f"{branch}_gate") for branch in BRANCHES]
         logits = torch.tensor([math.log(value / (1.0 - value)) for value in values])
         nn.init.zeros_(self.branch_gates.weight)
         self.branch_gates.bias.copy_(logits.repeat(self.branch_gates.out_features // len(BRANCHES)))
+        for weights in self.pooling.values():
+            nn.init.constant_(weights, 1.0 / self.config.block_tokens)
+
+    @property
+    def pooling(self) -> dict[str, Tensor]:
+        """The weights by the ops' names; nothing where blocks are pooled by their mean."""
+        if self.key_pooling is None or self.value_pooling is None:
+            return {}
+        return {"key_pooling": self.key_pooling, "value_pooling": self.value_pooling}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, hidden_size] -> [B, T, HQ, 3] in the order of BRANCHES."""
+        """[B, T, hidden_size] -> gates [B, T, HQ, 3] in the order of BRANCHES."""
         gates: Tensor = torch.sigmoid(self.branch_gates(hidden_states)).unflatten(-1, (-1, len(BRANCHES)))
         return gates
 
@@ -46,14 +64,14 @@ class BranchGates(nn.Module):
 class NativeSparseAttention(Mixer):
     """See the module.
 
-    State: keys (after RoPE) and values [B, S, H, D], positions [B, S] int32, and the running sums [B, blocks, H, D] of
-    each block, so that no block is ever pooled twice. S counts the columns passed so far, padding included.
+    State: keys (after RoPE) and values by position, the pooled keys and values of each complete block, and the lengths
+    of the rows. It grows in steps; `reserve` of the state makes it large enough at once, for a captured graph.
     """
 
     config_class = NativeSparseAttentionConfig
 
     def build_new(self) -> nn.Module:
-        return BranchGates(self.config, self.geometry)
+        return NativeSparseParameters(self.config, self.geometry)
 
     def initialise_new(self) -> None:
         self.new.initialise()
@@ -68,58 +86,74 @@ class NativeSparseAttention(Mixer):
         state: MixerState | None,
         positions: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        q, k = rope(q), rope(k)
+        q, k = rope(q).to(v.dtype), rope(k).to(v.dtype)  # under autocast the rotation is in fp32
         gates = self.new(hidden_states)
-        key_positions, key_means, value_means = positions, None, None
-        if state is not None:
-            k, v, key_positions, key_means, value_means = self._append(state, k, v, positions)
-        out = native_sparse_attention(
+        if state is None:
+            return self._attend(q, k, v, gates, positions), {}
+        assert isinstance(state, PositionState)
+        make_writable(state.tensors)
+        state.make_room(self.config.capacity(state.seen_tokens + q.shape[1]))
+        if q.shape[1] == 1 and not torch.is_grad_enabled():
+            return self._decode(q, k, v, gates, state, positions), {}
+        if state.seen_tokens == 0:
+            with torch.no_grad():
+                state.store(k, v, positions, self.padded, self.new.pooling)
+            return self._attend(q, k, v, gates, positions), {}
+        return self._append(q, k, v, gates, state, positions), {}
+
+    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> PositionState:
+        geometry, like = self.geometry, torch.empty(0, device=device, dtype=dtype)
+        return PositionState(batch, geometry.num_key_heads, geometry.head_size, self.config.block_tokens, like)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "block_size": self.config.block_tokens,
+            "num_selected_blocks": self.config.selected_blocks,
+            "window": self.config.window_tokens,
+            "dense_below": self.config.dense_below,
+            "scale": self.scale,
+        }
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, positions: Tensor) -> Tensor:
+        """Over these tokens alone."""
+        in_order = positions if self.padded else None
+        return native_sparse_attention(
+            q, k, v, gates, query_positions=in_order, key_positions=in_order, **self._options, **self.new.pooling
+        )
+
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: PositionState, positions: Tensor
+    ) -> Tensor:
+        return native_sparse_decode(
             q,
             k,
             v,
             gates,
-            block_size=self.config.block_tokens,
-            num_selected_blocks=self.config.selected_blocks,
-            window=self.config.window_tokens,
-            query_positions=positions,
-            key_positions=key_positions,
-            dense_below=self.config.dense_below,
-            scale=self.scale,
-            compressed_k=key_means,
-            compressed_v=value_means,
-        )
-        return out, {}
-
-    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
-        shape = (batch, 0, self.geometry.num_key_heads, self.geometry.head_size)
-        wide = torch.promote_types(dtype, torch.float32)
-        return MixerState(
-            {
-                "keys": torch.zeros(shape, device=device, dtype=dtype),
-                "values": torch.zeros(shape, device=device, dtype=dtype),
-                "positions": torch.zeros(batch, 0, device=device, dtype=torch.int32),
-                "key_sums": torch.zeros(shape, device=device, dtype=wide),
-                "value_sums": torch.zeros(shape, device=device, dtype=wide),
-            }
+            state["keys"],
+            state["values"],
+            state["compressed_keys"],
+            state["compressed_values"],
+            state["lengths"],
+            positions=positions,
+            workspace=state.workspace,
+            **self._options,
+            **self.new.pooling,
         )
 
     def _append(
-        self, state: MixerState, k: Tensor, v: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Stores new tokens; returns all keys, values and positions, and the means of all blocks."""
-        state["keys"] = torch.cat((state["keys"], k), dim=1)
-        state["values"] = torch.cat((state["values"], v), dim=1)
-        state["positions"] = torch.cat((state["positions"], positions.to(torch.int32)), dim=1)
-        # A row has no more blocks than its columns fill: their number needs no look at the positions.
-        blocks = -(-state["positions"].shape[1] // self.config.block_tokens)
-        block = (positions.clamp(min=0) // self.config.block_tokens)[..., None, None]
-        real = (positions >= 0)[..., None, None]
-        means = []
-        for name, x in (("key_sums", k), ("value_sums", v)):
-            sums = state[name]
-            grown = sums.new_zeros(sums.shape[0], blocks - sums.shape[1], *sums.shape[2:])
-            added = torch.where(real, x, 0.0).to(sums.dtype)
-            sums = torch.cat((sums, grown), dim=1).scatter_add(1, block.expand_as(x), added)
-            state[name] = sums
-            means.append((sums / self.config.block_tokens).to(x.dtype))
-        return state["keys"], state["values"], state["positions"].long(), means[0], means[1]
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: PositionState, positions: Tensor
+    ) -> Tensor:
+        """Takes T further tokens into the state and attends from them."""
+        held = state.store(k, v, positions, self.padded, self.new.pooling)
+        return native_sparse_attention(
+            q,
+            held["keys"],
+            held["values"],
+            gates,
+            query_positions=positions,
+            key_lengths=held["lengths"],
+            compressed_k=held["compressed_keys"],
+            compressed_v=held["compressed_values"],
+            **self._options,
+        )

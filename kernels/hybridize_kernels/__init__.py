@@ -9,6 +9,7 @@ from .distillation_loss import distillation_loss
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from .gated_rms_norm import gated_rms_norm
 from .native_sparse_attention import native_sparse_attention
+from .native_sparse_decode import native_sparse_decode
 from .retained_attention import eviction_position, retained_attention
 from .retained_decode import retained_decode
 from .short_convolution import short_convolution, short_convolution_step
@@ -23,6 +24,7 @@ __all__ = [
     "gated_delta_rule_step",
     "gated_rms_norm",
     "native_sparse_attention",
+    "native_sparse_decode",
     "retained_attention",
     "retained_decode",
     "short_convolution",

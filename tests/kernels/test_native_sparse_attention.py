@@ -1,7 +1,6 @@
 """Native sparse attention: its three branches by hand, its identities, and every gradient."""
 
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
@@ -9,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridize_kernels import native_sparse_attention, retained_attention, use_implementation
+from tests.kernels.native_sparse_cases import COMPRESSED, FORMS, POOLING, eager
 from tests.kernels.tolerances import OUTPUT, assert_close, assert_form_agrees
-
-eager = import_module("hybridize_kernels.native_sparse_attention.eager")
-FORMS = ["reference", "eager"]
 
 
 def positions_of(time, *padding, device="cpu"):
@@ -180,7 +177,7 @@ def test_a_cache_sees_what_the_whole_text_sees(past, time, dense_below, block_si
     last = op(q[:, past:], k, v, gates[:, past:], query_positions=positions[:, past:])
     assert_close("last tokens", last, whole[:, past:], OUTPUT[torch.float64])
 
-    means = eager._block_means(k, positions, block_size), eager._block_means(v, positions, block_size)
+    means = eager._pool(k, positions, block_size), eager._pool(v, positions, block_size)
     for form in FORMS:
         with use_implementation(form):
             kept = op(
@@ -231,7 +228,19 @@ def test_reference_gradient_equals_finite_differences():
         ({"window": 0}, "window is 0"),
         ({"key_positions": torch.zeros(2, 5, dtype=torch.int64)}, "key_positions has shape"),
         ({"compressed_k": torch.zeros(2, 1, 2, 8)}, "belong together"),
-        ({"compressed_k": torch.zeros(2, 1, 2, 8), "compressed_v": torch.zeros(2, 2, 2, 8)}, "compressed_v has shape"),
+        ({"compressed_k": torch.zeros(2, 2, 2, 8), "compressed_v": torch.zeros(2, 1, 2, 8)}, "compressed_v has shape"),
+        ({"compressed_k": torch.zeros(2, 1, 2, 8), "compressed_v": torch.zeros(2, 1, 2, 8)}, "compressed_k has shape"),
+        ({"key_pooling": torch.zeros(2, 2, 8)}, "key_pooling and value_pooling belong together"),
+        ({"key_pooling": torch.zeros(2, 2, 8), "value_pooling": torch.zeros(3, 2, 8)}, "value_pooling has shape"),
+        (
+            {name: torch.zeros(2, 2, 2, 8) for name in COMPRESSED} | {name: torch.zeros(2, 2, 8) for name in POOLING},
+            "pooled already",
+        ),
+        ({"key_lengths": torch.zeros(2, dtype=torch.int32)}, "either key_positions or key_lengths"),
+        ({"key_positions": None, "key_lengths": torch.zeros(3, dtype=torch.int32)}, "key_lengths has shape"),
+        ({"key_positions": None}, "either key_positions or key_lengths"),
+        ({"query_positions": None}, "either key_positions or key_lengths"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens needs one row"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -245,3 +254,24 @@ def test_bad_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         native_sparse_attention(*make_inputs(4), **(options | change))
+
+
+def test_documents_have_one_row_and_no_cache():
+    q, k, v, gates = make_inputs(4)
+    op = partial(native_sparse_attention, block_size=2, num_selected_blocks=2, window=2)
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens needs one row"):
+        op(q, k, v, gates, cu_seqlens=bounds)
+    q, k, v, gates = (x[:1] for x in (q, k, v, gates))
+    with pytest.raises(ValueError, match="cu_seqlens needs one row"):
+        op(q[:, 2:], k, v, gates[:, 2:], cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="expected the bounds"):
+        op(q, k, v, gates, cu_seqlens=bounds[:1])
+    with pytest.raises(ValueError, match="belong to a cache"):
+        op(q, k, v, gates, cu_seqlens=bounds, compressed_k=k[:, :2], compressed_v=v[:, :2])
+
+
+def test_more_queries_than_keys_need_positions():
+    q, k, v, gates = make_inputs(4, keys=3)
+    with pytest.raises(ValueError, match="cannot be the last of 3 keys"):
+        native_sparse_attention(q, k, v, gates, block_size=2, num_selected_blocks=2, window=2)

@@ -11,9 +11,12 @@ from transformers import DynamicCache
 
 from hybridize.errors import RecipeError
 from hybridize.mixers.configs.native_sparse_attention import NativeSparseAttentionConfig
+from hybridize_kernels import use_implementation
 from tests.mixers.one_layer import LAYER, OneLayer
 
 SMALL = NativeSparseAttentionConfig(block_tokens=4, selected_blocks=3, window_tokens=6)
+LEARNED = dataclasses.replace(SMALL, compression="learned")
+with_compression = pytest.mark.parametrize("config", [SMALL, LEARNED], ids=lambda config: config.compression)
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
 
@@ -63,28 +66,40 @@ def test_starts_at_the_teacher_while_nothing_is_out_of_sight() -> None:
 
 
 @torch.no_grad()
-def test_the_gates_are_set_from_whatever_was_in_memory() -> None:
-    config = dataclasses.replace(SMALL, compressed_gate=0.05, selected_gate=0.7, window_gate=0.3)
+def test_the_new_parameters_are_set_from_whatever_was_in_memory() -> None:
+    config = dataclasses.replace(LEARNED, compressed_gate=0.05, selected_gate=0.7, window_gate=0.3)
     layer = OneLayer(config)
     gates = layer.mixer.new.branch_gates
-    for parameter in gates.parameters():
+    for parameter in layer.mixer.new.parameters():
         parameter.fill_(float("nan"))
     layer.mixer.initialise_new()
     values = torch.sigmoid(gates(layer.hidden_states(1, 3))).unflatten(-1, (-1, 3))
     assert torch.allclose(values, torch.tensor([0.05, 0.7, 0.3]).expand_as(values), atol=1e-6)
+    assert all((weights == 1 / config.block_tokens).all() for weights in layer.mixer.new.pooling.values())
 
 
-def test_the_gradient_reaches_every_parameter_from_the_start() -> None:
-    layer = OneLayer(SMALL, "qwen3")
+@torch.no_grad()
+def test_a_learned_compression_starts_as_the_mean() -> None:
+    mean, learned = OneLayer(SMALL), OneLayer(LEARNED)
+    for layer in (mean, learned):
+        set_gates(layer, 1.0, 0.0, 0.0)
+    x = mean.hidden_states(2, 30)
+    torch.testing.assert_close(learned(x), mean(x), **TOLERANCE)
+
+
+@with_compression
+def test_the_gradient_reaches_every_parameter_from_the_start(config: NativeSparseAttentionConfig) -> None:
+    layer = OneLayer(config, "qwen3")
     layer(layer.hidden_states(2, 20)).square().mean().backward()
     silent = [name for name, p in layer.mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
 
 
+@with_compression
 @pytest.mark.parametrize("lengths", [[1] * 30, [22, 1, 1, 6], [2, 1, 17, 10], [13, 17]])
 @torch.no_grad()
-def test_pieces_equal_one_shot(lengths: list[int]) -> None:
-    layer = OneLayer(SMALL, "qwen3")
+def test_pieces_equal_one_shot(config: NativeSparseAttentionConfig, lengths: list[int]) -> None:
+    layer = OneLayer(config, "qwen3")
     layer.disturb()
     x = layer.hidden_states(2, 30)
     torch.testing.assert_close(layer.pieces(x, DynamicCache(), lengths), layer(x), **TOLERANCE)
@@ -97,9 +112,10 @@ def padded_turns() -> tuple[Tensor, Tensor]:
     return first, second
 
 
+@with_compression
 @torch.no_grad()
-def test_padding_before_or_between_turns_changes_nothing() -> None:
-    layer = OneLayer(SMALL)
+def test_padding_before_or_between_turns_changes_nothing(config: NativeSparseAttentionConfig) -> None:
+    layer = OneLayer(config)
     layer.disturb()
     x = layer.hidden_states(2, 24)
     first, second = padded_turns()
@@ -112,22 +128,94 @@ def test_padding_before_or_between_turns_changes_nothing() -> None:
         torch.testing.assert_close(out[1:], layer(x[1:]), **TOLERANCE)
 
 
+@with_compression
 @torch.no_grad()
-def test_running_sums_equal_the_pooled_blocks() -> None:
-    layer = OneLayer(SMALL)
+def test_each_complete_block_is_pooled_once(config: NativeSparseAttentionConfig) -> None:
+    layer = OneLayer(config)
+    layer.disturb()
     x = layer.hidden_states(2, 24)
     first, second = padded_turns()
     cache = DynamicCache()
     layer(x[:, :14], cache, first)
+    early = cache.layers[LAYER]["compressed_keys"].clone()
     for column in range(second.shape[1]):
         layer(x[:, 14 + column : 15 + column], cache, second[:, column : column + 1])
     state = cache.layers[LAYER]
-    for kept, sums in (("keys", "key_sums"), ("values", "value_sums")):
-        for row in range(2):
-            block_of = torch.where(state["positions"][row] >= 0, state["positions"][row] // SMALL.block_tokens, -1)
-            for block in range(6):
-                pooled = state[kept][row, block_of == block].sum(0)
-                torch.testing.assert_close(state[sums][row, block], pooled, **TOLERANCE)
+    assert state["lengths"].tolist() == [16, 24]
+    for name in ("keys", "values"):
+        blocks = state[name].unflatten(1, (-1, SMALL.block_tokens))  # [B, blocks, block, H, D]
+        weights = layer.mixer.new.pooling.get(f"{name[:-1]}_pooling")
+        pooled = blocks.mean(2) if weights is None else (weights * blocks).sum(2)
+        for row, length in enumerate(state["lengths"].tolist()):
+            complete = length // SMALL.block_tokens
+            torch.testing.assert_close(state[f"compressed_{name}"][row, :complete], pooled[row, :complete])
+            assert (state[f"compressed_{name}"][row, complete:] == 0).all()
+    for row, length in enumerate((9, 14)):
+        complete = length // SMALL.block_tokens
+        assert torch.equal(state["compressed_keys"][row, :complete], early[row, :complete])
+
+
+@torch.no_grad()
+def test_a_reserved_state_stays_where_it_is() -> None:
+    layer, cache = OneLayer(SMALL), DynamicCache()
+    layer.disturb()
+    x = layer.hidden_states(2, 30)
+    state = layer.mixer.claim_state(cache, 2, x)
+    state.reserve(29)
+    assert state["keys"].shape[1] == 32
+    assert state["compressed_keys"].shape[1] == 8
+    held = {name: tensor.data_ptr() for name, tensor in state.tensors.items()}
+    for _ in range(2):
+        torch.testing.assert_close(layer.pieces(x, cache, [3, 1, 20, *[1] * 6]), layer(x), **TOLERANCE)
+        assert {name: tensor.data_ptr() for name, tensor in state.tensors.items()} == held
+        state.reset()
+        assert all((tensor == 0).all() for tensor in state.tensors.values())
+
+
+@with_compression
+def test_a_gradient_flows_through_tokens_that_are_appended(config: NativeSparseAttentionConfig) -> None:
+    layer = OneLayer(config)
+    layer.disturb()
+    x = layer.hidden_states(2, 22)
+    parameters = dict(layer.mixer.named_parameters())
+    direction = torch.randn(2, 10, layer.geometry.hidden_size)
+    found = []
+    for cache in (DynamicCache(), None):
+        tail = x[:, 12:].clone().requires_grad_()
+        if cache is None:
+            with torch.no_grad():
+                head = x[:, :12].clone()
+            out = layer(torch.cat((head, tail), dim=1))[:, 12:]
+        else:
+            with torch.no_grad():
+                layer(x[:, :12], cache)
+            out = layer(tail, cache)
+        found.append(torch.autograd.grad((out * direction).sum(), tail))
+    torch.testing.assert_close(*found, **TOLERANCE)
+    assert parameters.keys() >= {"hz_new.branch_gates.weight"}
+
+
+@torch.no_grad()
+def test_a_state_made_for_inference_may_be_written_outside_of_it() -> None:
+    layer, cache = OneLayer(SMALL), DynamicCache()
+    layer.disturb()
+    x = layer.hidden_states(2, 24)
+    with torch.inference_mode():
+        layer(x[:, :10], cache)
+    torch.testing.assert_close(layer.pieces(x[:, 10:], cache, [1, 3, 1, 9]), layer(x)[:, 10:], **TOLERANCE)
+
+
+@with_compression
+@torch.no_grad()
+def test_steps_by_the_kernel_equal_one_eager_call(config: NativeSparseAttentionConfig) -> None:
+    layer, cache = OneLayer(config), DynamicCache()
+    layer.disturb()
+    x = layer.hidden_states(2, 16)
+    layer(x[:, :11], cache)
+    with use_implementation("triton"):
+        steps = layer.pieces(x[:, 11:], cache, [1] * 5)
+    torch.testing.assert_close(steps, layer(x)[:, 11:], **TOLERANCE)
+    assert list(cache.layers[LAYER].workspace)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,9 +231,18 @@ def test_the_state_is_as_large_as_promised_at_every_length(dtype: torch.dtype) -
         assert state.bytes_per_sequence() == SMALL.state_bytes(layer.geometry, state.seen_tokens, dtype.itemsize)
 
 
-def test_the_plan_counts_the_new_parameters_rightly() -> None:
-    layer = OneLayer(SMALL, "qwen3")
-    assert sum(p.numel() for p in layer.mixer.new.parameters()) == SMALL.new_parameters(layer.geometry)
+def test_the_state_grows_in_steps() -> None:
+    capacities = [SMALL.capacity(tokens) for tokens in range(4000)]
+    assert capacities == sorted(capacities)
+    assert all(slots % SMALL.block_tokens == 0 for slots in capacities)
+    assert all(tokens <= slots <= 9 / 8 * tokens + SMALL.block_tokens for tokens, slots in enumerate(capacities))
+    assert len(set(capacities[2000:])) <= 10
+
+
+@with_compression
+def test_the_plan_counts_the_new_parameters_rightly(config: NativeSparseAttentionConfig) -> None:
+    layer = OneLayer(config, "qwen3")
+    assert sum(p.numel() for p in layer.mixer.new.parameters()) == config.new_parameters(layer.geometry)
 
 
 def test_warns_where_nothing_is_left_out() -> None:
@@ -164,8 +261,9 @@ def test_warns_where_nothing_is_left_out() -> None:
         ("compressed_gate", 0.0),
         ("selected_gate", 1.0),
         ("window_gate", float("nan")),
+        ("compression", "mlp"),
     ],
 )
-def test_refuses_values_out_of_range(key: str, value: float) -> None:
+def test_refuses_values_out_of_range(key: str, value: float | str) -> None:
     with pytest.raises(RecipeError, match=rf"native_sparse_attention\.{key}"):
-        NativeSparseAttentionConfig(**{key: value})
+        NativeSparseAttentionConfig(**{key: value})  # type: ignore[arg-type]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.configs.base import MixerConfig
 
 _ALWAYS_SELECTED = 3
 """The first, the previous and the current block."""
-_POSITION_BYTES = 4
-_SUM_ELEMENT_BYTES = 4
-"""Running sums of a block are kept in fp32, so that a block read token by token equals the block pooled at once."""
+_LENGTH_BYTES = 4
+_STEPS_A_DOUBLING = 8
+"""How often a growing state is copied while it doubles; it is at most an eighth larger than what it holds."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class NativeSparseAttentionConfig(MixerConfig):
         window_tokens: width of the window branch, the query itself included.
         dense_below: queries at positions below this use plain causal attention, in tokens; 0: none does.
         compressed_gate, selected_gate, window_gate: gate values at the start, inside (0, 1).
+        compression: "mean", or "learned": the compressed key of a block is a weighted sum of its keys, with a trained
+            weight for each place in the block, key head and channel; values likewise. The weights start as the mean.
     """
 
     name = "native_sparse_attention"
-    summary = "attention over block means, the best blocks and a window: the cache grows, the work does not"
+    summary = "attention over pooled blocks, the best blocks and a window: the cache grows, the work does not"
 
     block_tokens: int = 64
     selected_blocks: int = 16
@@ -42,6 +45,7 @@ class NativeSparseAttentionConfig(MixerConfig):
     compressed_gate: float = 0.02
     selected_gate: float = 0.95
     window_gate: float = 0.05
+    compression: Literal["mean", "learned"] = "mean"
 
     def __post_init__(self) -> None:
         self.require(self.block_tokens >= 1, "block_tokens", f"{self.block_tokens} is below 1.")
@@ -55,6 +59,9 @@ class NativeSparseAttentionConfig(MixerConfig):
         for key in ("compressed_gate", "selected_gate", "window_gate"):
             value = getattr(self, key)
             self.require(0.0 < value < 1.0, key, f"{value} is not strictly between 0 and 1.")
+        choices = ("mean", "learned")
+        problem = f"must be one of {', '.join(choices)}, is {self.compression!r}."
+        self.require(self.compression in choices, "compression", problem)
 
     def warnings(self, geometry: AttentionGeometry, context: int) -> list[str]:
         covered = self.selected_blocks * self.block_tokens
@@ -65,12 +72,21 @@ class NativeSparseAttentionConfig(MixerConfig):
             ]
         return []
 
+    def capacity(self, tokens: int) -> int:
+        """Slots for tokens in a state that holds so many: whole blocks, in steps that grow with the text, so that a
+        token is copied a fixed number of times however long it gets."""
+        blocks = -(-tokens // self.block_tokens)
+        power_of_two = 1 << max(blocks.bit_length() - 1, 0)
+        step = max(1, power_of_two // _STEPS_A_DOUBLING)
+        return -(-blocks // step) * step * self.block_tokens
+
     def state_bytes(self, geometry: AttentionGeometry, context: int, element_bytes: int) -> int:
-        key_and_value = 2 * geometry.num_key_heads * geometry.head_size
-        blocks = -(-context // self.block_tokens)
-        tokens_bytes = context * (key_and_value * element_bytes + _POSITION_BYTES)
-        return tokens_bytes + blocks * key_and_value * _SUM_ELEMENT_BYTES
+        slots = self.capacity(context)
+        pooled = slots // self.block_tokens
+        key_and_value_bytes = 2 * geometry.num_key_heads * geometry.head_size * element_bytes
+        return (slots + pooled) * key_and_value_bytes + _LENGTH_BYTES
 
     def new_parameters(self, geometry: AttentionGeometry) -> int:
         gates = 3 * geometry.num_query_heads
-        return geometry.hidden_size * gates + gates
+        pooling = 2 * self.block_tokens * geometry.num_key_heads * geometry.head_size
+        return geometry.hidden_size * gates + gates + (pooling if self.compression == "learned" else 0)

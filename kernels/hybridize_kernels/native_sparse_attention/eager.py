@@ -4,6 +4,8 @@ This form shows what the op means at a bearable speed; it saves no work over ful
 This file imports nothing but torch: exported models carry it.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,24 +22,55 @@ def native_sparse_attention(
     block_size: int,
     num_selected_blocks: int,
     window: int,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dense_below: int = 0,
     scale: float | None = None,
     compressed_k: Tensor | None = None,
     compressed_v: Tensor | None = None,
+    key_pooling: Tensor | None = None,
+    value_pooling: Tensor | None = None,
 ) -> Tensor:
-    """Σ gate · branch over compressed blocks (their means), selected blocks and the window.
+    """Σ gate · branch over compressed blocks, selected blocks and the window.
 
     q: `[B, T, HQ, D]`; k, v: `[B, S, H, D]`; gates: `[B, T, HQ, 3]` in that order; query_positions: `[B, T]`;
-    key_positions: `[B, S]` (−1: padding); compressed_k, compressed_v: `[B, blocks, H, D]`. Queries at positions below
-    `dense_below` use full causal attention. Source: https://arxiv.org/abs/2502.11089, with mean pooling.
+    key_positions: `[B, S]` (−1: padding), or key_lengths: `[B]` (slot j holds position j, if any); with neither the
+    queries are the last T of S keys in order; cu_seqlens `[N + 1]` bounds documents, of one row, that do not see each
+    other. A compressed block is the mean of its tokens, or Σ_i w_i ∘ x_i with key_pooling, value_pooling
+    `[block_size, H, D]`, or what compressed_k, compressed_v `[B, blocks, H, D]` give. Queries at positions below
+    `dense_below` use full causal attention. Source: https://arxiv.org/abs/2502.11089.
     """
+    if cu_seqlens is not None:
+        # split, not indexing: the gradient of N slices of one tensor would be N tensors of its full size.
+        sizes = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
+        documents = [
+            native_sparse_attention(
+                *document,
+                block_size=block_size,
+                num_selected_blocks=num_selected_blocks,
+                window=window,
+                dense_below=dense_below,
+                scale=scale,
+                key_pooling=key_pooling,
+                value_pooling=value_pooling,
+            )
+            for document in zip(*(x.split(sizes, dim=1) for x in (q, k, v, gates)), strict=True)
+        ]
+        return torch.cat(documents, dim=1)
     batch, time, query_heads, head_size = q.shape
     heads = k.shape[2]
     scale = head_size**-0.5 if scale is None else scale
+    if key_positions is None:
+        key_positions = torch.arange(k.shape[1], device=k.device).expand(batch, -1)
+        if key_lengths is not None:
+            key_positions = torch.where(key_positions < key_lengths[:, None], key_positions, -1)
+    if query_positions is None:
+        query_positions = key_positions[:, k.shape[1] - time :]
     if compressed_k is None or compressed_v is None:
-        compressed_k, compressed_v = (_block_means(x, key_positions, block_size) for x in (k, v))
+        compressed_k = _pool(k, key_positions, block_size, key_pooling)
+        compressed_v = _pool(v, key_positions, block_size, value_pooling)
 
     # One row of attention a key head, so that a mask serves all query heads of its group.
     group = query_heads // heads
@@ -67,16 +100,24 @@ def native_sparse_attention(
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _block_means(x: Tensor, key_positions: Tensor, block_size: int) -> Tensor:
-    """`[B, S, H, D]` -> `[B, blocks, H, D]`, summed in fp32 at least; incomplete blocks are never looked at."""
+def _pool(x: Tensor, key_positions: Tensor, block_size: int, weights: Tensor | None = None) -> Tensor:
+    """`[B, S, H, D]` -> `[B, blocks, H, D]`: means of the blocks, or Σ_i w_i ∘ x_i with weights `[block_size, H, D]`.
+
+    Summed in fp32 at least; incomplete blocks are never looked at.
+    """
     batch, keys, heads, size = x.shape
     blocks = -(-keys // block_size)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    x, given = x.to(dtype), x.dtype
+    if weights is not None:
+        x = x * weights.to(dtype)[key_positions % block_size]
     # Padding goes to one block more, which is cut off.
     block = torch.where(key_positions >= 0, key_positions // block_size, blocks).clamp(max=blocks)
     index = block[:, :, None, None].expand(x.shape)
-    total = torch.zeros(batch, blocks + 1, heads, size, dtype=dtype, device=x.device).scatter_add(1, index, x.to(dtype))
-    return (total[:, :blocks] / block_size).to(x.dtype)
+    total = torch.zeros(batch, blocks + 1, heads, size, dtype=dtype, device=x.device).scatter_add(1, index, x)[
+        :, :blocks
+    ]
+    return (total / block_size if weights is None else total).to(given)
 
 
 def _compressed(

@@ -1,5 +1,7 @@
 """Native sparse attention as its definition reads: one query of one row after the other."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,39 @@ def native_sparse_attention(
     block_size: int,
     num_selected_blocks: int,
     window: int,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dense_below: int = 0,
     scale: float | None = None,
     compressed_k: Tensor | None = None,
     compressed_v: Tensor | None = None,
+    key_pooling: Tensor | None = None,
+    value_pooling: Tensor | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.native_sparse_attention`; the loop below is what the other forms must equal."""
+    if cu_seqlens is not None:
+        # What documents that do not see each other are: one call each.
+        documents = [
+            native_sparse_attention(
+                *(x[:, start:stop] for x in (q, k, v, gates)),
+                block_size=block_size,
+                num_selected_blocks=num_selected_blocks,
+                window=window,
+                dense_below=dense_below,
+                scale=scale,
+                key_pooling=key_pooling,
+                value_pooling=value_pooling,
+            )
+            for start, stop in pairwise(cu_seqlens.tolist())
+        ]
+        return torch.cat(documents, dim=1)
+    slots = torch.arange(k.shape[1], device=k.device).expand(len(k), -1)
+    if key_lengths is not None:
+        key_positions = torch.where(slots < key_lengths[:, None], slots, -1)
+    key_positions = slots if key_positions is None else key_positions
+    query_positions = slots[:, k.shape[1] - q.shape[1] :] if query_positions is None else query_positions
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
@@ -29,10 +56,8 @@ def native_sparse_attention(
         key_position = key_positions[b]
         keys, values = k[b].to(dtype), v[b].to(dtype)  # [S, H, D]
         if compressed_k is None or compressed_v is None:
-            blocks = int(key_position.max() + 1) // block_size if len(key_position) else 0
-            members = [(key_position >= 0) & (key_position // block_size == c) for c in range(blocks)]
-            block_keys = _stack([keys[member].mean(0) for member in members], keys)
-            block_values = _stack([values[member].mean(0) for member in members], values)
+            block_keys = _pool(keys, key_position, block_size, key_pooling)
+            block_values = _pool(values, key_position, block_size, value_pooling)
         else:
             block_keys, block_values = compressed_k[b].to(dtype), compressed_v[b].to(dtype)
         outputs = [values.new_zeros(0, q.shape[2], values.shape[-1])]
@@ -55,6 +80,14 @@ def native_sparse_attention(
             outputs.append((branches * gates[b, t].to(dtype)[:, None]).sum(-1)[None])
         rows.append(torch.cat(outputs))
     return torch.stack(rows).to(q.dtype)
+
+
+def _pool(x: Tensor, key_position: Tensor, block_size: int, weights: Tensor | None) -> Tensor:
+    """x `[S, H, D]` -> `[complete blocks, H, D]`: means, or Σ_i w_i ∘ x_i with weights `[block_size, H, D]`."""
+    in_order = x[key_position.argsort()][int((key_position < 0).sum()) :]
+    complete = len(in_order) // block_size
+    blocks: Tensor = in_order[: complete * block_size].unflatten(0, (complete, block_size))
+    return blocks.mean(1) if weights is None else (weights.to(x.dtype) * blocks).sum(1)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -80,7 +113,3 @@ def _choose_blocks(importance: Tensor, position: int, block_size: int, num_selec
         picked = sorted(forced) + others[: max(0, num_selected_blocks - len(forced))]
         chosen[head, picked] = True
     return chosen
-
-
-def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(parts) if parts else like[:0]
