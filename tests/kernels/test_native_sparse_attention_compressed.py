@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. text: of one row, its lengths: padding before it, keys without queries, or packed documents."""
+    """One call. earlier: keys before the first query; of each row: padding, or keys in a cache; or packed documents."""
 
     time: int
     heads: int = 2
@@ -48,6 +48,11 @@ class Case:
     packed: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     scale: float = 0.3
+    gate: float | None = None
+
+    @property
+    def ragged(self) -> bool:
+        return bool(self.padding or self.cached or self.packed)
 
     @property
     def rows(self) -> int:
@@ -76,7 +81,7 @@ class Case:
             return layout_module.layout_of(
                 documents, self.block, self.time // TILE + spare + 1, self.time // self.block + spare + 1
             )
-        if not (self.padding or self.cached):
+        if not self.ragged:
             return layout_module.equal_layout(self.batch, self.time, self.keys, self.block, torch.device(device))
         tiles, blocks = -(-self.time // TILE) + 1, -(-self.keys // self.block)
         if self.padding:
@@ -144,6 +149,8 @@ def assert_kernels_agree(case: Case, device: str) -> None:
     """Output, log-sum-exp, scores and gradients against the loop above on the same numbers in fp64."""
     layout = case.layout(device)
     q, x, y, d_output, gate = random_of(case, device, "q", "x", "x", "q", "gate")
+    if case.gate is not None:
+        gate = torch.full_like(gate, case.gate)
     kc, vc = (pooling.pool(tensor, layout, case.block) for tensor in (x, y))
     mean = torch.full((case.block, case.heads, case.size), 1 / case.block, dtype=torch.float64)
     for name, tensor, pooled in (("kc", x, kc), ("vc", y, vc)):
@@ -151,7 +158,7 @@ def assert_kernels_agree(case: Case, device: str) -> None:
 
     leaves = [tensor.double().cpu().requires_grad_() for tensor in (q, kc, vc)]
     expected, expected_lse, probabilities = expected_attention(*leaves, case, layout)
-    output, lse = compressed.attend_blocks(q, kc, vc, layout, case.block, case.scale)
+    output, lse = compressed.attend_blocks(q, kc, vc, layout, case.block, case.scale, padded=case.ragged)
     assert_close("output", output.cpu(), expected.detach(), OUTPUT[case.dtype])
     lse_cpu, expected_lse = lse.double().cpu(), expected_lse.detach()
     assert torch.equal(lse_cpu.isinf(), expected_lse.isinf())
@@ -163,10 +170,11 @@ def assert_kernels_agree(case: Case, device: str) -> None:
     total = (expected * gate.double().cpu()[..., None] * d_output.double().cpu()).sum()
     expected_gradients = torch.autograd.grad(total, leaves)
     delta = gate.float() * (d_output.float() * expected.detach().float().to(device)).sum(-1)
-    gradients = gradient.attend_blocks_backward(q, kc, vc, d_output, gate, delta, lse, layout, case.block, case.scale)
+    arguments = (q, kc, vc, d_output, gate, delta, lse, layout, case.block, case.scale)
+    gradients = gradient.attend_blocks_backward(*arguments, padded=case.ragged)
     for name, actual, wanted in zip(("dq", "dkc", "dvc"), gradients, expected_gradients, strict=True):
         assert_close(name, actual.cpu(), wanted, GRADIENT[case.dtype])
-    again = gradient.attend_blocks_backward(q, kc, vc, d_output, gate, delta, lse, layout, case.block, case.scale)
+    again = gradient.attend_blocks_backward(*arguments, padded=case.ragged)
     assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
 
 
@@ -200,29 +208,128 @@ CASES = {
     "before the first block": Case(15),
     "one block": Case(16),
     "one token after a block": Case(17),
-    "several tiles": Case(70),
-    "many blocks": Case(300, heads=1, batch=1),
-    "no group": Case(70, group=1),
-    "group of three": Case(70, group=3, size=24),
-    "group of four": Case(70, group=4, heads=1, size=24),
-    "large blocks": Case(150, block=64, batch=1),
+    "several tiles": Case(70, batch=1),
+    "many blocks": Case(290, heads=1, group=1, batch=1),
+    "no group": Case(40, group=1),
+    "group of three": Case(37, group=3, size=24),
+    "group of four": Case(37, group=4, heads=1, size=24),
+    "large blocks": Case(150, block=64, batch=1, heads=1),
     "earlier context": Case(21, earlier=60, group=4),
     "one token after a context": Case(1, earlier=79, group=3),
-    "a context with long tiles": Case(40, earlier=290, heads=1, batch=1),
-    "padded": Case(70, padding=(0, 5, 70, 37), group=3),
-    "cached": Case(20, cached=(70, 20, 3, 48), group=3),
-    "cached, one token": Case(1, cached=(70, 16, 1)),
-    "packed": Case(163, packed=(40, 3, 0, 16, 7, 64, 0, 33), group=4),
+    "a context of many blocks": Case(20, earlier=290, heads=1, batch=1),
+    "padded": Case(41, padding=(0, 5, 41, 25), group=3, heads=1),
+    "cached": Case(20, cached=(70, 20, 3, 48), group=3, heads=1),
+    "cached, one token": Case(1, cached=(70, 16, 1, 0)),
+    "packed": Case(115, packed=(37, 3, 0, 16, 7, 33, 0, 19), group=3),
     "packed, all short": Case(40, packed=(3, 15, 1, 0, 14, 7)),
-    "packed, one document": Case(70, packed=(70,), group=1),
-    "halves": Case(70, group=3, dtype=torch.float16),
-    "halves, packed": Case(100, packed=(40, 3, 57), dtype=torch.float16),
+    "packed, one document": Case(40, packed=(40,), group=1),
+    "gates of zero": Case(40, gate=0.0, heads=1),
+    "halves": Case(40, group=3, heads=1, dtype=torch.float16),
+    "halves, packed": Case(60, packed=(37, 3, 20), heads=1, dtype=torch.float16),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("small")
 def test_kernels_equal_the_loop(case: Case, kernel_device: str) -> None:
-    if kernel_device == "cuda" and case.dtype == torch.float16:
-        pytest.skip("tiles of 16 rows are for the interpreter")
     assert_kernels_agree(case, kernel_device)
+
+
+def test_default_tiles_run_in_the_interpreter(kernel_device: str) -> None:
+    assert_kernels_agree(Case(70, group=4, heads=1, batch=1), kernel_device)
+
+
+POOLED = {
+    "rows": Case(70),
+    "no whole block": Case(15),
+    "padded": Case(70, padding=(0, 5, 70, 37), size=24),
+    "packed": Case(163, packed=(40, 3, 0, 16, 7, 64, 0, 33)),
+    "large blocks": Case(150, block=64, size=24),
+    "halves": Case(70, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("case", POOLED.values(), ids=POOLED)
+@pytest.mark.usefixtures("small")
+def test_learned_pooling_and_the_gradient_of_its_weights(case: Case, kernel_device: str) -> None:
+    layout = case.layout(kernel_device)
+    (x,) = random_of(case, kernel_device, "x")
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(case.block, case.heads, case.size, generator=generator).to(kernel_device)
+    leaf = weights.double().cpu().requires_grad_()
+    expected = expected_pool(x.double().cpu(), case, layout, leaf)
+    pooled = pooling.pool(x, layout, case.block, weights)
+    assert pooled.dtype == x.dtype
+    assert_close("pooled", pooled.cpu(), expected.detach(), OUTPUT[case.dtype])
+    d_pooled = torch.randn(expected.shape, generator=generator).to(kernel_device)
+    (wanted,) = torch.autograd.grad((expected * d_pooled.double().cpu()).sum(), leaf)
+    actual = pooling.pool_weight_gradient(x, d_pooled, layout, case.block)
+    assert actual.dtype == torch.float32
+    assert_close("weights", actual.cpu(), wanted, GRADIENT[torch.float32])
+    assert torch.equal(actual, pooling.pool_weight_gradient(x, d_pooled, layout, case.block))
+
+
+def test_nothing_to_attend(kernel_device: str) -> None:
+    case = Case(0, earlier=40)
+    layout = case.layout(kernel_device)
+    q, x = random_of(case, kernel_device, "q", "x")
+    kc = pooling.pool(x, layout, case.block)
+    output, lse = compressed.attend_blocks(q, kc, kc, layout, case.block, 1.0)
+    dq, dkc, dvc = gradient.attend_blocks_backward(q, kc, kc, output, lse, lse, lse, layout, case.block, 1.0)
+    assert output.shape == dq.shape == q.shape
+    assert not torch.stack((dkc, dvc)).any()
+
+
+def test_several_rows_need_equally_many_blocks_in_the_table(kernel_device: str) -> None:
+    case = Case(40, padding=(0, 5))
+    documents = layout_module.padded_documents(torch.tensor(case.padding, device=kernel_device), case.time)
+    layout = layout_module.layout_of(documents, case.block, 4, 6)
+    q, x, gate = random_of(case, kernel_device, "q", "x", "gate")
+    kc = pooling.pool(x, layout, case.block)
+    output, lse = compressed.attend_blocks(q, kc, kc, layout, case.block, 1.0)
+    with pytest.raises(ValueError, match="equally many blocks"):
+        gradient.attend_blocks_backward(q, kc, kc, output, gate, gate.float(), lse, layout, case.block, 1.0)
+
+
+@pytest.mark.parametrize(("time", "owners", "group", "rows"), [(1, 1, 1, 64), (32768, 32, 16, 64), (70, 900, 7, 64)])
+def test_spans_cover_the_text(time: int, owners: int, group: int, rows: int) -> None:
+    span = gradient.span_of(time, owners, group, tiles_module.Tile(rows, 64, 4, 1))
+    assert span % max(1, rows // group) == 0
+    assert span >= gradient.LEAST_STEPS * max(1, rows // group)
+    assert owners * -(-time // span) <= gradient.PROGRAMS + owners
+
+
+GPU = torch.device("cuda") if torch.cuda.is_available() else None
+LARGE = {
+    f"{dtype}, {size} features, group of {group}": Case(
+        2500, heads=2, group=group, size=size, batch=1, dtype=getattr(torch, dtype), scale=size**-0.5
+    )
+    for dtype, size, group in [
+        ("bfloat16", 64, 1),
+        ("bfloat16", 64, 32),
+        ("bfloat16", 80, 7),
+        ("bfloat16", 128, 1),
+        ("bfloat16", 128, 3),
+        ("bfloat16", 128, 4),
+        ("bfloat16", 128, 16),
+        ("bfloat16", 128, 64),
+        ("bfloat16", 256, 2),
+        ("bfloat16", 256, 8),
+        ("float16", 128, 8),
+        ("float32", 64, 4),
+        ("float32", 128, 3),
+        ("float32", 256, 4),
+    ]
+} | {
+    "padded": Case(1500, padding=(0, 700, 1499, 1500), group=16, size=128, dtype=torch.bfloat16),
+    "packed": Case(2000, packed=(700, 3, 0, 16, 31, 1200, 50), group=16, size=128, dtype=torch.bfloat16),
+    "cached": Case(65, cached=(2000, 70, 3, 2048), group=16, size=128, dtype=torch.bfloat16),
+    "large blocks": Case(2500, block=128, group=4, size=64, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU is None, reason="needs a GPU")
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_large_calls_equal_the_loop(case: Case) -> None:
+    assert_kernels_agree(case, "cuda")

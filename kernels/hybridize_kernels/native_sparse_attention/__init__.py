@@ -15,6 +15,8 @@ BLOCK_SIZES = (16, 32, 64, 128)
 """Tokens of a block that the kernels know; any number in eager and in the reference."""
 MAX_HEAD_SIZE = 256
 MAX_GROUP = 64
+MAX_BLOCK_ELEMENTS = 64 * 256
+"""Of a block's keys of one head, which the kernels hold on chip beside its values."""
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -93,7 +95,7 @@ def native_sparse_attention(
         raise ValueError(f"{op}: compressed_k and compressed_v belong to a cache, not to documents of cu_seqlens")
     in_order = key_positions is None or key_positions is query_positions
     others = (gates, key_pooling, value_pooling)
-    form = _choose(op, q, k, v, (compressed_k, compressed_v), others, fits=in_order and block_size in BLOCK_SIZES)
+    form = _choose(op, q, k, v, (compressed_k, compressed_v), others, block_size=block_size, in_order=in_order)
     run = {"reference": _reference, "eager": _eager, "triton": _triton}[form]
     return run(  # type: ignore[no-any-return, operator]
         q,
@@ -124,16 +126,19 @@ def _choose(
     compressed: tuple[Tensor | None, ...],
     others: tuple[Tensor | None, ...],
     *,
-    fits: bool,
+    block_size: int,
+    in_order: bool,
 ) -> Implementation:
     fits = (
-        fits
+        in_order
+        and block_size in BLOCK_SIZES
         and min(q.numel(), k.numel()) > 0
         and {x.dtype for x in (k, v, *compressed) if x is not None} == {q.dtype}
         and {x.dtype for x in (q, *others) if x is not None} <= DTYPES
         and q.shape[0] * k.shape[2] < 2**16  # an axis of the grid
         and q.shape[-1] == v.shape[-1] <= MAX_HEAD_SIZE
         and q.shape[2] // k.shape[2] <= MAX_GROUP
+        and block_size * (1 << (q.shape[-1] - 1).bit_length()) <= MAX_BLOCK_ELEMENTS
         and max(q.shape[1], k.shape[1]) < 2**30
     )
     return choose(op, q, k, v, *compressed, *others, has_kernel=True, kernel_fits=fits, kernel_has_gradient=True)

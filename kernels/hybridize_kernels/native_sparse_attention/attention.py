@@ -121,11 +121,23 @@ class _NativeSparseAttention(torch.autograd.Function):
             block_size=block_size,
             num_selected_blocks=call.num_selected_blocks,
             scale=scale,
-            tiles=_tiles(q, k),
+            tiles=_tiles(q, k, block_size),
             padded=call.places.padded,
+            keep=any(ctx.needs_input_grad),
         )
         ctx.save_for_backward(
-            q, k, v, gates, pooled_k, pooled_v, key_pooling, value_pooling, compressed, compressed_lse, words, *selected[:2]
+            q,
+            k,
+            v,
+            gates,
+            pooled_k,
+            pooled_v,
+            key_pooling,
+            value_pooling,
+            compressed,
+            compressed_lse,
+            words,
+            *selected[:2],
         )
         ctx.call, ctx.near, ctx.leaves = call, near, leaves
         ctx.given = None if compressed_k is None else compressed_k.shape
@@ -134,20 +146,42 @@ class _NativeSparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, gates, pooled_k, pooled_v, key_pooling, value_pooling, compressed, compressed_lse, words, selected, lse = (
-            ctx.saved_tensors
-        )
+        (
+            q,
+            k,
+            v,
+            gates,
+            pooled_k,
+            pooled_v,
+            key_pooling,
+            value_pooling,
+            compressed,
+            compressed_lse,
+            words,
+            selected,
+            lse,
+        ) = ctx.saved_tensors
         call: _Call = ctx.call
         layout, block_size, scale = call.layout, call.block_size, call.scale
         d_output = d_output.contiguous()
         outputs = (compressed, selected, ctx.near.detach())
-        d_gates, deltas, d_selected, d_near = gate_gradients(d_output, outputs, gates)
+        d_gates, delta, rows, d_selected, d_near = gate_gradients(d_output, outputs, gates, lse)
         near = torch.autograd.grad(ctx.near, ctx.leaves, d_near, retain_graph=True)
         dq_compressed, d_pooled_k, d_pooled_v = attend_blocks_backward(
-            q, pooled_k, pooled_v, d_output, gates[..., 0], deltas[0], compressed_lse, layout, block_size, scale
+            q,
+            pooled_k,
+            pooled_v,
+            d_output,
+            gates[..., 0],
+            delta,
+            compressed_lse,
+            layout,
+            block_size,
+            scale,
+            padded=call.places.padded,
         )
         batch, time, query_heads, head_size = q.shape
-        heads, tiles = k.shape[2], _tiles(q, k)
+        heads, tiles = k.shape[2], _tiles(q, k, block_size)
         group = query_heads // heads
         lists = lists_by_block(
             words,
@@ -157,10 +191,13 @@ class _NativeSparseAttention(torch.autograd.Function):
             most_slots=max(FORCED, call.num_selected_blocks),
             block_size=block_size,
             entries_per_item=tiles.entries,
+            padded=call.places.padded,
         )
         dq = torch.empty_like(q)
-        # Keys that belong to no block have no gradient.
-        dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        if call.places.padded:  # keys that belong to no block have no gradient
+            dk.zero_()
+            dv.zero_()
         pooling = None if key_pooling is None else (key_pooling.contiguous(), value_pooling.contiguous())
         groups = head_groups(heads, lists.entries.shape[1], group, head_size, q.element_size())
         dq_pairs = q.new_empty(len(groups[0]), lists.entries.shape[1], group, head_size)
@@ -172,8 +209,7 @@ class _NativeSparseAttention(torch.autograd.Function):
                 k,
                 v,
                 d_selected,
-                deltas[1],
-                lse,
+                rows,
                 lists,
                 layout,
                 dq_pairs,
@@ -205,9 +241,12 @@ class _NativeSparseAttention(torch.autograd.Function):
             )
         d_given: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.given is not None:
-            d_given = tuple(call.places.of_rows(x, ctx.given).to(q.dtype) for x in (d_pooled_k, d_pooled_v))
+            d_given = (
+                call.places.of_rows(d_pooled_k, ctx.given).to(q.dtype),
+                call.places.of_rows(d_pooled_v, ctx.given).to(q.dtype),
+            )
         return dq, dk, dv, d_gates, *d_given, *d_pooling, None
 
 
-def _tiles(q: Tensor, k: Tensor) -> Tiles:
-    return tiles_for(q.shape[3], q.shape[2] // k.shape[2], q.dtype, tiles_override())
+def _tiles(q: Tensor, k: Tensor, block_size: int) -> Tiles:
+    return tiles_for(q.shape[3], q.shape[2] // k.shape[2], block_size, q.dtype, tiles_override())

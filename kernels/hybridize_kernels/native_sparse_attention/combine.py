@@ -16,29 +16,35 @@ ROW_ELEMENTS = 4096
 
 
 def gate_gradients(
-    d_output: Tensor, outputs: tuple[Tensor, Tensor, Tensor], gates: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d gates `[B, T, HQ, 3]`, deltas `[3, B, T, HQ]` fp32 (gate · ⟨do, output⟩), and the gradients of the selected and the
-    window branch's outputs.
+    d_output: Tensor, outputs: tuple[Tensor, Tensor, Tensor], gates: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the branches' backward passes begin with.
 
-    All `[B, T, HQ, D]`, contiguous; outputs: of the compressed, the selected and the window branch.
+    Args:
+        d_output, outputs: `[B, T, HQ, D]`, contiguous; of the compressed, the selected and the window branch.
+        gates: `[B, T, HQ, 3]`. log_sum_exp: `[B, T, HQ]`, of the selected branch, in base 2.
+
+    Returns:
+        d gates `[B, T, HQ, 3]`; of the compressed branch gate · ⟨do, output⟩ `[B, T, HQ]`, fp32; of the selected branch
+        log-sum-exp and ⟨do, output⟩ `[B, T, HQ, 2]`, fp32, side by side to be loaded as one; and the gradients of the
+        selected and the window branch's outputs, in the type of do.
     """
     d_gates = torch.empty_like(gates)
     d_selected, d_near = torch.empty_like(d_output), torch.empty_like(d_output)
-    deltas = torch.empty((3, *d_output.shape[:3]), dtype=torch.float32, device=d_output.device)
+    delta, pairs = (d_output.new_empty(d_output.shape[:3] + more, dtype=torch.float32) for more in ((), (2,)))
     rows, head_size = d_output.numel() // d_output.shape[3], d_output.shape[3]
     padded = power_of_two(head_size)
     launch(
         _gate_kernel,
         (triton.cdiv(rows, ROW_ELEMENTS // padded),),
-        (d_output, *outputs, gates, d_gates, deltas, d_selected, d_near),
+        (d_output, *outputs, gates, log_sum_exp, d_gates, delta, pairs, d_selected, d_near),
         (rows,),
         D=head_size,
         BLOCK_D=padded,
         ROWS=ROW_ELEMENTS // padded,
         num_warps=4,
     )
-    return d_gates, deltas, d_selected, d_near
+    return d_gates, delta, pairs, d_selected, d_near
 
 
 def query_gradient(
@@ -106,8 +112,10 @@ def _gate_kernel(
     selected_ptr,
     near_ptr,
     gates_ptr,  # [rows, 3]
+    lse_ptr,  # [rows]
     d_gates_ptr,  # [rows, 3], written
-    deltas_ptr,  # [3, rows], written
+    delta_ptr,  # [rows], written
+    pairs_ptr,  # [rows, 2], written
     d_selected_ptr,  # [rows, D], written
     d_near_ptr,  # [rows, D], written
     rows,
@@ -131,10 +139,18 @@ def _gate_kernel(
         product = tl.sum(output * d_output, 1)
         gate = tl.load(gates_ptr + row * 3 + branch, mask=is_row, other=0.0).to(tl.float32)
         tl.store(d_gates_ptr + row * 3 + branch, product.to(d_gates_ptr.dtype.element_ty), mask=is_row)
-        tl.store(deltas_ptr + branch * rows.to(tl.int64) + row, gate * product, mask=is_row)
-        if branch > 0:
-            d_branch_ptr = d_selected_ptr if branch == 1 else d_near_ptr
-            tl.store(d_branch_ptr + at, (gate[:, None] * d_output).to(d_branch_ptr.dtype.element_ty), mask=inside)
+        if branch == 0:
+            tl.store(delta_ptr + row, gate * product, mask=is_row)
+        else:
+            gated = (gate[:, None] * d_output).to(d_selected_ptr.dtype.element_ty)
+            if branch == 1:
+                # Of what was rounded: the difference to do·v may be far smaller than either.
+                lse = tl.load(lse_ptr + row, mask=is_row, other=0.0)
+                tl.store(pairs_ptr + row * 2, lse, mask=is_row)
+                tl.store(pairs_ptr + row * 2 + 1, tl.sum(output * gated.to(tl.float32), 1), mask=is_row)
+                tl.store(d_selected_ptr + at, gated, mask=inside)
+            else:
+                tl.store(d_near_ptr + at, gated, mask=inside)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]

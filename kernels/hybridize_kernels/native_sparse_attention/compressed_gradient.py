@@ -68,6 +68,8 @@ def attend_blocks_backward(
     if q.numel() == 0 or len(layout.tiles) == 0 or kc.numel() == 0:
         none = torch.zeros(kc.shape, dtype=torch.float32, device=q.device)
         return dq.zero_(), none, none.clone()
+    if len(layout.blocks) // layout.most_blocks < q.shape[0]:
+        raise ValueError("native_sparse_attention: several rows need a layout with equally many blocks in each")
     rows = torch.empty(q.shape[0] * heads, 3, q.shape[1] * (q.shape[2] // heads), dtype=torch.float32, device=q.device)
     constants = constants_of(q, heads, block_size, tiles_of(q, heads).query)
     launch(
@@ -91,12 +93,10 @@ def _key_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """dkc and dvc; rows: as the kernel for dq writes them."""
-    batch, time, query_heads, size = q.shape
+    time, query_heads, size = q.shape[1:]
     num_blocks, heads = kc.shape[:2]
     most = layout.most_blocks
     slabs = num_blocks // most
-    if slabs < batch:
-        raise ValueError("native_sparse_attention: several rows need a layout with equally many blocks in each")
     group, tile = query_heads // heads, tiles_of(q, heads).key
     tiles = slabs * -(-most // tile.keys)
     span = span_of(time, tiles * heads, group, tile)

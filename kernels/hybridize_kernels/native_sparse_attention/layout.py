@@ -117,9 +117,7 @@ def layout_of(
     tokens = torch.where(block < used_blocks[d], (length[d] - first).clamp(0, block_size), 0)
     of_zero = tile_base - first_tile
     tile_end = tile_base + used_tiles
-    blocks = torch.stack(
-        (row[d], key[d] + first, tokens, block, of_zero[d], tile_end[d], zero[d], low[d], high[d]), 1
-    )
+    blocks = torch.stack((row[d], key[d] + first, tokens, block, of_zero[d], tile_end[d], zero[d], low[d], high[d]), 1)
     most = row_blocks if row_blocks is not None else num_blocks
     return Layout(tiles.to(torch.int32).contiguous(), blocks.to(torch.int32).contiguous(), most)
 

@@ -41,9 +41,18 @@ class Lists(NamedTuple):
 
 
 def lists_by_block(
-    words: Tensor, layout: Layout, *, batch: int, time: int, most_slots: int, block_size: int, entries_per_item: int
+    words: Tensor,
+    layout: Layout,
+    *,
+    batch: int,
+    time: int,
+    most_slots: int,
+    block_size: int,
+    entries_per_item: int,
+    padded: bool,
 ) -> Lists:
-    """words: `[H, num_tiles, most_blocks]`; most_slots: blocks that one query can have in them."""
+    """words: `[H, num_tiles, most_blocks]`; most_slots: blocks that one query can have in them; padded: there may be tokens
+    that belong to no tile."""
     heads, num_tiles, columns = words.shape
     num_blocks, queries, device = len(layout.blocks), batch * time, words.device
 
@@ -62,11 +71,22 @@ def lists_by_block(
         BLOCK_C=COLUMNS,
         num_warps=4,
     )
-    begins = totals.cumsum(1, dtype=torch.int32) - totals
     most_pairs = queries * most_slots
     entries, slots = empty(heads, most_pairs), empty(heads, queries, most_slots)
-    # Padding has no pairs, and no tile that says so.
-    counts = torch.zeros(heads, queries, dtype=torch.int32, device=device)
+    num_items = most_pairs // entries_per_item + num_blocks
+    begins, items, item_begins = empty(heads, num_blocks), empty(heads, num_items), empty(heads, num_blocks + 1)
+    launch(
+        _place_kernel,
+        (heads,),
+        (totals, begins, items, item_begins),
+        (num_blocks, num_items),
+        ENTRIES=entries_per_item,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    counts = empty(heads, queries)
+    if padded:  # has no pairs, and no tile that says so
+        counts.zero_()
     launch(
         _fill_kernel,
         (num_tiles, heads),
@@ -77,10 +97,6 @@ def lists_by_block(
         BLOCK_C=COLUMNS,
         num_warps=4,
     )
-    item_ends = ((totals + entries_per_item - 1) // entries_per_item).cumsum(1, dtype=torch.int32)
-    index = torch.arange(most_pairs // entries_per_item + num_blocks, dtype=torch.int32, device=device)
-    items = torch.searchsorted(item_ends, index.expand(heads, -1).contiguous(), right=True, out_int32=True)
-    item_begins = torch.nn.functional.pad(item_ends, (1, 0))
     return Lists(entries, slots, counts, begins, totals, items, item_begins)
 
 
@@ -136,6 +152,42 @@ def _count_kernel(
     tl.store(totals_ptr + head * num_blocks + index, total, mask=inside)
 
 
+@triton.jit(do_not_specialize=["num_blocks", "num_items"])  # type: ignore[untyped-decorator]
+def _place_kernel(
+    totals_ptr,  # [H, num_blocks]
+    begins_ptr,  # [H, num_blocks], written
+    items_ptr,  # [H, num_items], written
+    item_begins_ptr,  # [H, num_blocks + 1], written
+    num_blocks,
+    num_items,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where each block's pairs and pieces of work begin; a program has a head, of which there are few blocks."""
+    head = tl.program_id(0).to(tl.int64)
+    totals_ptr += head * num_blocks
+    begins_ptr += head * num_blocks
+    items_ptr += head * num_items
+    item_begins_ptr += head * (num_blocks + 1)
+    lane = tl.arange(0, BLOCK)
+    pairs, items = 0, 0
+    for first in range(0, num_blocks, BLOCK):
+        block = first + lane
+        inside = block < num_blocks
+        total = tl.load(totals_ptr + block, mask=inside, other=0)
+        tl.store(begins_ptr + block, pairs + tl.cumsum(total, 0) - total, mask=inside)
+        count = (total + ENTRIES - 1) // ENTRIES
+        begin = items + tl.cumsum(count, 0) - count
+        tl.store(item_begins_ptr + block, begin, mask=inside)
+        for n in range(0, tl.max(count, 0)):
+            tl.store(items_ptr + begin + n, block, mask=n < count)
+        pairs += tl.sum(total, 0)
+        items += tl.sum(count, 0)
+    tl.store(item_begins_ptr + num_blocks, items)
+    for first in range(items, num_items, BLOCK):
+        tl.store(items_ptr + first + lane, tl.full([BLOCK], num_blocks, tl.int32), mask=first + lane < num_items)
+
+
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=["num_tiles", "num_blocks", "num_columns", "time", "queries", "most_slots"]
 )
@@ -179,12 +231,15 @@ def _fill_kernel(
         column = first + tl.arange(0, BLOCK_C)
         words = tl.load(words_ptr + place + column, mask=column < end, other=0)
         some = words != 0
-        begin = tl.load(begins_ptr + column, mask=some, other=0) + tl.load(before_ptr + place + column, mask=some, other=0)
-        chosen = (words[None, :] >> query[:, None]) & 1
-        pair = begin[None, :] + tl.cumsum(chosen, 0) - chosen
-        slot = count[:, None] + tl.cumsum(chosen, 1) - chosen
-        there = chosen > 0
-        tl.store(entries_ptr + pair, tl.broadcast_to(token[:, None], pair.shape), mask=there)
-        tl.store(slots_ptr + token[:, None].to(tl.int64) * most_slots + slot, pair, mask=there)
-        count += tl.sum(chosen, 1)
+        if tl.max(some.to(tl.int32), 0) > 0:
+            begin = tl.load(begins_ptr + column, mask=some, other=0) + tl.load(
+                before_ptr + place + column, mask=some, other=0
+            )
+            chosen = (words[None, :] >> query[:, None]) & 1
+            pair = begin[None, :] + tl.cumsum(chosen, 0) - chosen
+            slot = count[:, None] + tl.cumsum(chosen, 1) - chosen
+            there = chosen > 0
+            tl.store(entries_ptr + pair, tl.broadcast_to(token[:, None], pair.shape), mask=there)
+            tl.store(slots_ptr + token[:, None].to(tl.int64) * most_slots + slot, pair, mask=there)
+            count += tl.sum(chosen, 1)
     tl.store(counts_ptr + head * queries + token, count, mask=valid)

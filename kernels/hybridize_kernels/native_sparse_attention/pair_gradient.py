@@ -7,6 +7,7 @@ accumulator would be wrong on Hopper with some compilers. Nothing is added in an
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,8 +24,7 @@ def pair_gradients(
     k: Tensor,
     v: Tensor,
     d_output: Tensor,
-    delta: Tensor,
-    log_sum_exp: Tensor,
+    rows: Tensor,
     lists: Lists,
     layout: Layout,
     dq: Tensor,
@@ -39,7 +39,7 @@ def pair_gradients(
     """Writes dq `[len(heads), most_pairs, G, D]`, of each pair, and d_block `[len(heads), most_items, 2, BS, D]`, fp32: dk and dv
     of each piece of work.
 
-    q, d_output (of the branch) `[B, T, HQ, D]`, delta = ⟨do, o⟩, log_sum_exp (base 2) `[B, T, HQ]`: contiguous.
+    q, d_output (of the branch) `[B, T, HQ, D]`, rows (log-sum-exp in base 2, and ⟨do, o⟩) `[B, T, HQ, 2]`: contiguous.
     """
     head_size, group = q.shape[3], q.shape[2] // k.shape[2]
     launch(
@@ -50,8 +50,7 @@ def pair_gradients(
             k,
             v,
             d_output,
-            delta,
-            log_sum_exp,
+            rows.view(torch.int64),
             lists.entries,
             lists.begins,
             lists.totals,
@@ -73,7 +72,6 @@ def pair_gradients(
             q.shape[2],
         ),
         G=group,
-        GP=power_of_two(group),
         D=head_size,
         BLOCK_D=max(16, power_of_two(head_size)),
         BS=block_size,
@@ -92,8 +90,7 @@ def _pair_gradient_kernel(
     k_ptr,
     v_ptr,
     d_output_ptr,  # [B·T, HQ, D] contiguous
-    delta_ptr,  # [B·T, HQ]
-    lse_ptr,  # [B·T, HQ]
+    rows_ptr,  # [B·T, HQ] pairs of fp32 as one number
     entries_ptr,  # [H, most_pairs]
     begins_ptr,  # [H, num_blocks]
     totals_ptr,  # [H, num_blocks]
@@ -116,7 +113,6 @@ def _pair_gradient_kernel(
     most_pairs,
     query_heads,
     G: tl.constexpr,
-    GP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BS: tl.constexpr,
@@ -126,7 +122,7 @@ def _pair_gradient_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    BLOCK_Q: tl.constexpr = BLOCK_M // GP
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
     of_launch = tl.program_id(1).to(tl.int64)
     head = of_launch + first_head
     item = tl.program_id(0)
@@ -144,28 +140,27 @@ def _pair_gradient_kernel(
     column = (tl.load(at + 1) + tl.minimum(keys, num_keys - 1)).to(tl.int64)
     features = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_M)
-    member = lanes % GP
+    member = lanes % G
     k = load_features(k_ptr + batch * k_stride_b + head * k_stride_h + column * k_stride_t, features, D, BLOCK_D)
     v = load_features(v_ptr + batch * v_stride_b + head * v_stride_h + column * v_stride_t, features, D, BLOCK_D)
     entries_ptr += head * most_pairs
-    of_head = head * G + tl.minimum(member, G - 1)
+    of_head = head * G + member
     dk = tl.zeros([BS, BLOCK_D], tl.float32)
     dv = tl.zeros([BS, BLOCK_D], tl.float32)
     scale2 = scale * LOG2_E
     for start in tl.range(first, end, BLOCK_Q, num_stages=STAGES):
-        pair = start + lanes // GP
-        valid = (pair < end) & (member < G)
+        pair = start + lanes // G
+        valid = (pair < end) & (lanes < BLOCK_Q * G)
         query = tl.load(entries_ptr + tl.minimum(pair, end - 1)).to(tl.int64)
         row = query * query_heads + of_head
         q = load_features(q_ptr + row * D, features, D, BLOCK_D)
         d_output = load_features(d_output_ptr + row * D, features, D, BLOCK_D)
-        lse = tl.where(valid, tl.load(lse_ptr + row), float("inf"))
-        delta = tl.load(delta_ptr + row) * scale
+        numbers = tl.load(rows_ptr + row)
+        lse = tl.where(valid, (numbers & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), float("inf"))
+        delta = (numbers >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scale
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        # Queries are in order: the first of them is the only one to ask whether there is an edge.
-        if tl.load(entries_ptr + start) - zero < first_position + BS:
-            seen = (first_position + keys)[:, None] <= (query - zero)[None, :]
-            logits = tl.where(seen, logits, -float("inf"))
+        seen = keys[:, None] <= (query - zero).to(tl.int32)[None, :] - first_position
+        logits = tl.where(seen, logits, -float("inf"))
         weights = tl.math.exp2(logits * scale2 - lse[None, :])
         dv = tl.dot(weights.to(d_output.dtype), d_output, dv, input_precision=PRECISION)
         d_weights = tl.dot(v, tl.trans(d_output), input_precision=PRECISION)

@@ -41,7 +41,19 @@ def attend_pairs(
     launch(
         _pair_kernel,
         (lists.items.shape[1], len(heads)),
-        (q, k, v, lists.entries, lists.begins, lists.totals, lists.items, lists.item_begins, layout.blocks, output, log_sum_exp),
+        (
+            q,
+            k,
+            v,
+            lists.entries,
+            lists.begins,
+            lists.totals,
+            lists.items,
+            lists.item_begins,
+            layout.blocks,
+            output,
+            log_sum_exp,
+        ),
         (
             *k.stride()[:3],
             *v.stride()[:3],
@@ -53,7 +65,6 @@ def attend_pairs(
             k.shape[2] * group,
         ),
         G=group,
-        GP=power_of_two(group),
         D=head_size,
         BLOCK_D=max(16, power_of_two(head_size)),
         BS=block_size,
@@ -64,7 +75,9 @@ def attend_pairs(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def item_of(items_ptr, item_begins_ptr, begins_ptr, totals_ptr, head, item, num_items, num_blocks, ENTRIES: tl.constexpr):
+def item_of(
+    items_ptr, item_begins_ptr, begins_ptr, totals_ptr, head, item, num_items, num_blocks, ENTRIES: tl.constexpr
+):
     """The block of a piece of work (num_blocks: none) and its pairs `[first, end)`."""
     block = tl.load(items_ptr + head * num_items + item)
     known = tl.minimum(block, num_blocks - 1)
@@ -101,7 +114,6 @@ def _pair_kernel(
     most_pairs,
     query_heads,
     G: tl.constexpr,
-    GP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BS: tl.constexpr,
@@ -110,7 +122,7 @@ def _pair_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    BLOCK_Q: tl.constexpr = BLOCK_M // GP
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
     of_launch = tl.program_id(1).to(tl.int64)
     head = of_launch + first_head
     block, first, end = item_of(
@@ -122,13 +134,13 @@ def _pair_kernel(
     column = (tl.load(blocks_ptr + block * 9 + 1) + tl.arange(0, BS)).to(tl.int64)
     features = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_M)
-    member = lanes % GP
+    member = lanes % G
     k = load_features(k_ptr + batch * k_stride_b + head * k_stride_h + column * k_stride_t, features, D, BLOCK_D)
     v = load_features(v_ptr + batch * v_stride_b + head * v_stride_h + column * v_stride_t, features, D, BLOCK_D)
     entries_ptr += head * most_pairs
-    q_ptr += (head * G + tl.minimum(member, G - 1)) * D
+    q_ptr += (head * G + member) * D
     for at in tl.range(first, end, BLOCK_Q, num_stages=STAGES):
-        pair = at + lanes // GP
+        pair = at + lanes // G
         query = tl.load(entries_ptr + tl.minimum(pair, end - 1)).to(tl.int64)
         q = load_features(q_ptr + query * query_heads * D, features, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -136,7 +148,7 @@ def _pair_kernel(
         weights = tl.math.exp2(logits * scale2 - peak[:, None])
         total = tl.sum(weights, 1)
         output = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
-        valid = (pair < end) & (member < G)
+        valid = (pair < end) & (lanes < BLOCK_Q * G)
         place = (of_launch * most_pairs + pair) * G + member
         tl.store(lse_ptr + place, peak + tl.math.log2(total), mask=valid)
         tl.store(

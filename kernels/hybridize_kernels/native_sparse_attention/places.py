@@ -128,9 +128,7 @@ def places_of(
     else:
         documents, tiles = padded_documents(num_padding, time), -(-time // TILE)
     layout = layout_of(documents, block_size, batch * tiles, batch * row_blocks, tiles, row_blocks=row_blocks)
-    return Places(
-        layout, order, order.argsort(dim=1), query_positions, key_lengths, sizes=sizes, row_blocks=row_blocks
-    )
+    return Places(layout, order, order.argsort(dim=1), query_positions, key_lengths, sizes=sizes, row_blocks=row_blocks)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

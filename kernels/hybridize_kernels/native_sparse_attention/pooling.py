@@ -136,6 +136,8 @@ def _weight_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     features = tl.arange(0, BLOCK_D)
     x_ptr += head.to(tl.int64) * x_stride_h
+    d_pooled_ptr += head * D
+    stride = heads.to(tl.int64) * D
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for block in range(part * share, tl.minimum(part * share + share, num_blocks)):
         batch = tl.load(blocks_ptr + block * BLOCK_FIELDS).to(tl.int64)
@@ -143,7 +145,7 @@ def _weight_kernel(
         tokens = tl.load(blocks_ptr + block * BLOCK_FIELDS + 2)
         if tokens == BS:
             x = load_rows(x_ptr + batch * x_stride_b + (token + row) * x_stride_t, D, BLOCK_D).to(tl.float32)
-            at = d_pooled_ptr + (block.to(tl.int64) * heads + head) * D + features
+            at = d_pooled_ptr + block * stride + features
             total += x * tl.load(at, mask=features < D, other=0.0)[None, :]
     at = parts_ptr + ((part.to(tl.int64) * BS + row) * heads + head)[:, None] * D + features[None, :]
     tl.store(at, total, mask=(features < D)[None, :])

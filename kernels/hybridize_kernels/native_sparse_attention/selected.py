@@ -6,7 +6,7 @@ from the lists by block as finished pairs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -55,19 +55,22 @@ def attend_selected(
     scale: float,
     tiles: Tiles,
     padded: bool,
+    keep: bool,
 ) -> Selected:
     """The branch, and its gated sum with `compressed` and `near`, the other two `[B, T, HQ, D]`.
 
     q, compressed, near, gates `[B, T, HQ, 3]`: contiguous. words: of `choose_blocks`.
-    padded: whether there may be tokens that belong to no tile.
+    padded: whether there may be tokens that belong to no tile. keep: whether a backward pass needs more than the sum.
     """
     (batch, time, query_heads, head_size), heads = q.shape, k.shape[2]
     group = query_heads // heads
-    options = {"block_size": block_size, "scale": scale}
+    options: dict[str, Any] = {"block_size": block_size, "scale": scale}
     unions = unions_of(
         words, layout, block_size=block_size, queries=tiles.queries(tiles.union, group), limit=tiles.limit
     )
-    made = Selected(torch.empty_like(q), torch.empty(q.shape[:3], device=q.device), torch.empty_like(q))
+    mixed = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    made = Selected(torch.empty_like(q) if keep else mixed, lse, mixed)
     if padded:
         for x, nothing in zip(made, (0.0, torch.inf, 0.0), strict=True):
             x.fill_(nothing)
@@ -83,6 +86,7 @@ def attend_selected(
             most_slots=max(1, num_selected_blocks - 3),
             block_size=block_size,
             entries_per_item=tiles.entries,
+            padded=padded,
         )
         groups = head_groups(heads, lists.entries.shape[1], group, head_size, q.element_size())
     pairs = q.new_empty(0), made.log_sum_exp
@@ -92,8 +96,12 @@ def attend_selected(
     for some in groups:
         if lists is not None:
             entries = tiles.entries
-            attend_pairs(q, k, v, lists, layout, *pairs, heads=some, entries_per_item=entries, tile=tiles.pairs, **options)
-        _attend_unions(q, k, v, unions, lists, pairs, compressed, near, gates, made, layout, some, tiles.union, **options)
+            attend_pairs(
+                q, k, v, lists, layout, *pairs, heads=some, entries_per_item=entries, tile=tiles.pairs, **options
+            )
+        _attend_unions(
+            q, k, v, unions, lists, pairs, compressed, near, gates, made, layout, some, tiles.union, **options
+        )
     return made
 
 
@@ -143,6 +151,7 @@ def _attend_unions(
         BS=block_size,
         TILE=TILE,
         FAR=lists is not None,
+        KEEP=made.output is not made.mixed,
         PRECISION="ieee" if q.element_size() == 4 else "tf32",
         **tile.options(),
     )
@@ -189,6 +198,7 @@ def _union_attention_kernel(
     BS: tl.constexpr,
     TILE: tl.constexpr,
     FAR: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
@@ -269,11 +279,13 @@ def _union_attention_kernel(
 
     blind = total == 0
     output = output * (1.0 / tl.where(blind, 1.0, total))[:, None]
-    tl.store(lse_ptr + out_row, tl.where(blind, float("inf"), peak + tl.math.log2(total)), mask=valid)
+    lse = tl.where(blind, float("inf"), peak + tl.math.log2(tl.where(blind, 1.0, total)))
     inside = valid[:, None] & (features < D)[None, :]
     at = out_row[:, None] * D + features[None, :]
     output = output.to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + at, output, mask=inside)
+    if KEEP:
+        tl.store(lse_ptr + out_row, lse, mask=valid)
+        tl.store(output_ptr + at, output, mask=inside)
     mixed = tl.load(gates_ptr + out_row * 3 + 1).to(tl.float32)[:, None] * output.to(tl.float32)
     compressed = load_features(compressed_ptr + out_row * D, features, D, BLOCK_D)
     mixed += tl.load(gates_ptr + out_row * 3).to(tl.float32)[:, None] * compressed.to(tl.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +29,13 @@ class Tile:
     def options(self) -> dict[str, int]:
         """What a kernel is launched with."""
         limit = {"maxnreg": self.registers} if self.registers else {}
-        return {"BLOCK_M": self.rows, "STAGES": self.stages, "num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {
+            "BLOCK_M": self.rows,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            **limit,
+        }
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Tiles:
     union: Tile
     pairs: Tile
     gradient: Tile
-    limit: int = 34
+    limit: int = 44
     entries: int = 1024
 
     def queries(self, tile: Tile, group: int) -> int:
@@ -56,7 +63,7 @@ _HALF = {
     128: Tiles(Tile(64, 4, 3), Tile(64, 4, 3), Tile(64, 4, 3)),
     256: Tiles(Tile(64, 8, 2), Tile(64, 8, 2), Tile(32, 8, 2)),
 }
-"""By padded head size, for fp16 and bf16."""
+"""For fp16 and bf16, by padded head size where a block has 64 tokens or fewer; twice that where it has 128."""
 
 _FLOAT = {
     64: Tiles(Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
@@ -67,22 +74,25 @@ _FLOAT = {
 
 
 @cache
-def tiles_for(head_size: int, group: int, dtype: torch.dtype, override: str | None = None) -> Tiles:
+def tiles_for(head_size: int, group: int, block_size: int, dtype: torch.dtype, override: str | None = None) -> Tiles:
     """The tiles of a call; no program has more rows than the queries of a tile fill, nor fewer than one query's.
 
     override: what VARIABLE holds.
     """
-    tiles = (_FLOAT if dtype == torch.float32 else _HALF)[max(64, power_of_two(head_size))]
+    table = _FLOAT if dtype == torch.float32 else _HALF
+    tiles = table[max(64, power_of_two(head_size)) * max(64, block_size) // 64]
     for part in override.split(";") if override else ():
         name, values = part.split("=")
         numbers = [int(value) for value in values.split(",")]
-        tiles = replace(tiles, **{name: numbers[0] if name in ("limit", "entries") else Tile(*numbers)})
+        given: dict[str, Any] = {name: numbers[0] if name in ("limit", "entries") else Tile(*numbers)}
+        tiles = replace(tiles, **given)
     padded = power_of_two(group)
-    changed = {}
-    for name in ("union", "pairs", "gradient"):
-        tile = getattr(tiles, name)
-        changed[name] = replace(tile, rows=max(16, padded, min(tile.rows, TILE * padded) if name == "union" else tile.rows))
-    return replace(tiles, **changed)
+    union, pairs, gradient = (
+        replace(tile, rows=max(16, padded, tile.rows)) for tile in (tiles.union, tiles.pairs, tiles.gradient)
+    )
+    # A program over a union has queries of one tile.
+    union = replace(union, rows=min(union.rows, TILE * padded))
+    return replace(tiles, union=union, pairs=pairs, gradient=gradient)
 
 
 def tiles_override() -> str | None:
