@@ -1,4 +1,4 @@
-"""Where the branches' gradients begin and end: what each row needs before, and the sums of their dq, dk and dv after."""
+"""Where the branches' gradients begin and end: what each row needs before, the sums of their dq, dk and dv after."""
 
 from __future__ import annotations
 
@@ -82,8 +82,9 @@ def key_gradients(
     block_size: int,
     add_pooled: bool,
 ) -> None:
-    """Writes dk and dv `[B, S, H, D]` of these heads: the sums over a block's pieces of work, the window branch's, and if add_pooled
-    what comes through the pooled keys and values, `pooled` `[num_blocks, H, D]` fp32, by weights pooling `[BS, H, D]` (None: the mean).
+    """Writes dk and dv `[B, S, H, D]` of these heads: the sums over a block's pieces of work, the window branch's, and
+    if add_pooled what comes through the pooled keys and values, `pooled` `[num_blocks, H, D]` fp32, by weights pooling
+    `[BS, H, D]` (None: the mean).
 
     near: dk and dv of the window branch, contiguous as `gradients`.
     """
@@ -249,12 +250,12 @@ def _key_sum_kernel(
             part = ((of_launch * num_items + item) * 2 + of_value) * BS + key
             total += tl.load(d_block_ptr + part[:, None] * D + features[None, :], mask=inside, other=0.0)
         if POOLED:
-            if num_keys == BS:
-                of_block = (block.to(tl.int64) * heads + head) * D + features
-                pooled = tl.load(pooled_ptr + of_block, mask=features < D, other=0.0)[None, :]
-                if WEIGHTED:
-                    weight = (key.to(tl.int64) * heads + head)[:, None] * D + features[None, :]
-                    total += pooled * tl.load(weights_ptr + weight, mask=inside, other=0.0).to(tl.float32)
-                else:
-                    total += pooled * (1.0 / BS)
+            of_block = (block.to(tl.int64) * heads + head) * D + features
+            complete = (features < D) & (num_keys == BS)
+            pooled = tl.load(pooled_ptr + of_block, mask=complete, other=0.0)[None, :]
+            if WEIGHTED:
+                weight = (key.to(tl.int64) * heads + head)[:, None] * D + features[None, :]
+                total += pooled * tl.load(weights_ptr + weight, mask=inside, other=0.0).to(tl.float32)
+            else:
+                total += pooled * (1.0 / BS)
         tl.store(d_ptr + row, total.to(d_ptr.dtype.element_ty), mask=inside)

@@ -2,8 +2,8 @@
 
 A document is a row of the batch, or one of the texts packed into a row. Its queries are the last of its keys. Positions
 count in each document; a tile is TILE consecutive positions of queries, a block `block_size` consecutive positions of
-keys, both aligned to position 0. Padding, packing and earlier context differ in nothing but these tables, which are made
-on the device: no length is ever asked for.
+keys, both aligned to position 0. Padding, packing and earlier context differ in nothing but these tables, which are
+made on the device: no length is ever asked for.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ class Layout(NamedTuple):
         tiles: `[num_tiles, 8]`. Of a tile: row of the batch; token of its first position (may lie before `low`); first
             token `low` and end `high` of its document's queries; its first position; token of the key at position 0;
             number of the document's block 0 among all blocks; keys of the document.
-        blocks: `[num_blocks, 9]`. Of a block: row of the batch; token of its first key; how many keys it has; its number
-            in the document; number of the tile that position 0 belongs to (where earlier context has no queries, one
-            that is not there); end of the document's tiles; token of the query at position 0 (may be negative); `low`;
-            `high`.
+        blocks: `[num_blocks, 9]`. Of a block: row of the batch; token of its first key; how many keys it has; its
+            number in the document; number of the tile of position 0 (where earlier context has no queries, one that is
+            not there); end of the document's tiles; token of the query at position 0 (may be negative); `low`; `high`.
         most_blocks: of one document.
     """
 

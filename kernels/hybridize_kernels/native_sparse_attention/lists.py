@@ -1,7 +1,7 @@
 """Lists by block of the queries that chose it, from the words of `selection`: a counting sort without atomics.
 
-The pairs (query, block) of a key head are numbered block by block, and in a block by query. Such a number is where a pair's partial
-result lies; `slots` tells each query the numbers of its pairs.
+The pairs (query, block) of a key head are numbered block by block, and in a block by query. Such a number is where a
+pair's partial result lies; `slots` tells each query the numbers of its pairs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def lists_by_block(
     entries_per_item: int,
     padded: bool,
 ) -> Lists:
-    """words: `[H, num_tiles, most_blocks]`; most_slots: blocks that one query can have in them; padded: there may be tokens
-    that belong to no tile."""
+    """words: `[H, num_tiles, most_blocks]`; most_slots: blocks that one query can have in them; padded: there may be
+    tokens that belong to no tile."""
     heads, num_tiles, columns = words.shape
     num_blocks, queries, device = len(layout.blocks), batch * time, words.device
 

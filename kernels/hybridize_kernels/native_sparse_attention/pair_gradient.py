@@ -1,8 +1,9 @@
-"""The gradient of the selected branch, block by block: dk and dv of a block from the queries that chose it, and each pair's part of dq.
+"""The gradient of the selected branch, block by block: dk and dv of a block, and each pair's part of dq.
 
-A piece of work is a block, loaded once, and some of its queries. With p = exp(s − lse), dp = do·v and delta = ⟨do, o⟩: ds = p (dp − delta),
-dq = scale ds k, dk = scale dsᵀ q, dv = pᵀ do. The products are computed transposed from the start, `[keys, rows]`: a transposed
-accumulator would be wrong on Hopper with some compilers. Nothing is added in an order that changes: every piece and every pair has a place.
+A piece of work is a block, loaded once, and some of its queries. With p = exp(s − lse), dp = do·v and delta = ⟨do, o⟩:
+ds = p (dp − delta), dq = scale ds k, dk = scale dsᵀ q, dv = pᵀ do. The products are computed transposed from the start,
+`[keys, rows]`: a transposed accumulator would be wrong on Hopper with some compilers. Nothing is added in an order that
+changes: every piece and every pair has a place.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def pair_gradients(
     entries_per_item: int,
     tile: Tile,
 ) -> None:
-    """Writes dq `[len(heads), most_pairs, G, D]`, of each pair, and d_block `[len(heads), most_items, 2, BS, D]`, fp32: dk and dv
-    of each piece of work.
+    """Writes dq `[len(heads), most_pairs, G, D]`, of each pair, and d_block `[len(heads), most_items, 2, BS, D]`, fp32:
+    dk and dv of each piece of work.
 
     q, d_output (of the branch) `[B, T, HQ, D]`, rows (log-sum-exp in base 2, and ⟨do, o⟩) `[B, T, HQ, 2]`: contiguous.
     """

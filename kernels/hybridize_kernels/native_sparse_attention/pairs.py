@@ -1,7 +1,7 @@
 """Attention of queries to one block each, block by block: for queries whose neighbours choose other blocks.
 
-A piece of work is a block, loaded once, and some of the queries that chose it. Each pair's softmax over the block goes to memory, the output
-normalised beside its log-sum-exp; `selected` joins the pairs of a query.
+A piece of work is a block, loaded once, and some of the queries that chose it. Each pair's softmax over the block goes
+to memory, the output normalised beside its log-sum-exp; `selected` joins the pairs of a query.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def attend_pairs(
 ) -> None:
     """Writes output `[len(heads), most_pairs, G, D]` and log_sum_exp (base 2) `[len(heads), most_pairs, G]`.
 
-    q `[B, T, HQ, D]`, contiguous; k, v `[B, S, H, D]` with features side by side. All blocks of the lists are complete and in the past.
+    q `[B, T, HQ, D]`, contiguous; k, v `[B, S, H, D]` with features side by side. All blocks of the lists are complete
+    and in the past.
     """
     head_size, group = q.shape[3], q.shape[2] // k.shape[2]
     launch(

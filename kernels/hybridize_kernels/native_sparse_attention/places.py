@@ -1,4 +1,4 @@
-"""The ways in which a call says where its tokens are, each turned into the tables of `layout` and the window branch's own terms."""
+"""The ways to say where tokens are, each turned into the tables of `layout` and the window branch's own terms."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The selected branch, forward, and the gated sum of the three branches, which it ends with.
 
-A program has neighbouring queries of one key head, all query heads of the group, and walks the union of their blocks; what is not in it comes
-from the lists by block as finished pairs.
+A program has neighbouring queries of one key head, all query heads of the group, and walks the union of their blocks;
+what is not in it comes from the lists by block as finished pairs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ NOTHING_YET = tl.constexpr(-1e30)  # finite, so that the difference of two of th
 
 
 class Selected(NamedTuple):
-    """Attributes: output: of the branch. log_sum_exp: `[B, T, HQ]`, base 2, +inf of rows that see nothing. mixed: Σ gate · branch."""
+    """Attributes:
+    output: of the branch. log_sum_exp: `[B, T, HQ]`, base 2, +inf of rows that see nothing. mixed: Σ gate · branch.
+    """
 
     output: Tensor
     log_sum_exp: Tensor

@@ -1,7 +1,7 @@
 """Which blocks each query attends to token by token, as bits: one word a tile of queries and block.
 
-Bit i of `words[h, tile, c]` says that the tile's query i chose block c, be it that its score is among the best or that it is the
-first, the current or the previous block. All that follows (unions, lists by block) is read off these words.
+Bit i of `words[h, tile, c]` says that the tile's query i chose block c, be it that its score is among the best or that
+it is the first, the current or the previous block. All that follows (unions, lists by block) is read off these words.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def choose_blocks(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def best(bits, keep, rounds):
-    """Of each row of bits `[rows, columns]` (of numbers that are not negative; −1: none) the `keep` largest, and of equal
-    ones the first. What is looked for is a least number to stay, bit by bit: no row is ever sorted."""
+    """Of each row of bits `[rows, columns]` (of numbers that are not negative; −1: none) the `keep` largest, and of
+    equal ones the first. What is looked for is a least number to stay, bit by bit: no row is ever sorted."""
     least = tl.zeros([bits.shape[0]], tl.int32)
     staying = tl.sum((bits >= 0).to(tl.int32), 1)
     too_many = tl.max(staying, 0) - keep

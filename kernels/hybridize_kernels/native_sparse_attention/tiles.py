@@ -14,7 +14,7 @@ import triton.language as tl
 from .layout import TILE, power_of_two
 
 VARIABLE = "HYBRIDIZE_NATIVE_SPARSE_TILES"
-"""Overrides the table: `union=64,4,3;pairs=64,4,2;gradient=64,8,2;limit=32;entries=512`, in the order of `Tile`'s fields."""
+"""Overrides the table: `union=64,4,3;pairs=...;gradient=...;limit=44;entries=1024`, in the order of `Tile`'s fields."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a block of neighbouring queries attends to together: the union of their blocks, and which query chose which.
 
-Neighbours choose much the same blocks of a text (README), so that a block is loaded once for all of them. Where they do not, and the union
-is longer than `limit`, only what lies near is listed; the rest is left to the lists by block, `far` says which.
+Neighbours choose much the same blocks of a text (README), so that a block is loaded once for all of them. Where they do
+not, and the union is longer than `limit`, only what lies near is listed; the rest is left to the lists by block, `far`
+says which.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Unions(NamedTuple):
 
 
 def unions_of(words: Tensor, layout: Layout, *, block_size: int, queries: int, limit: int) -> Unions:
-    """words: `[H, num_tiles, most_blocks]`; queries: of a part, divides TILE; limit: blocks of a union beside the near ones."""
+    """words: `[H, num_tiles, most_blocks]`; queries: of a part, divides TILE; limit: blocks of a union beside the near
+    ones."""
     heads, num_tiles, columns = words.shape
     parts = TILE // queries
     near = 3 + (queries - 1) // block_size
