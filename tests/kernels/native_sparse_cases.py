@@ -19,7 +19,7 @@ from tests.kernels.tolerances import GRADIENT, OUTPUT, assert_close, outputs_and
 
 PACKAGE = "hybridize_kernels.native_sparse_attention"
 eager = import_module(f"{PACKAGE}.eager")
-SMALL_TILES = "union=16,4,1;pairs=16,4,1;gradient=16,4,1;limit=1;entries=16"
+SMALL_TILES = "union=16,0,4,1;pairs=16,0,4,1;gradient=16,0,4,1;limit=1;entries=16"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["reference", "eager"]

@@ -13,13 +13,13 @@ from tests.kernels.tolerances import GRADIENT, OUTPUT, assert_close
 
 PACKAGE = "hybridize_kernels.native_sparse_attention"
 layout_module = import_module(f"{PACKAGE}.layout")
-tiles_module = import_module(f"{PACKAGE}.compressed_tiles")
+tiles_module = import_module(f"{PACKAGE}.tiles")
 pooling = import_module(f"{PACKAGE}.pooling")
 compressed = import_module(f"{PACKAGE}.compressed")
 gradient = import_module(f"{PACKAGE}.compressed_gradient")
 
 TILE = layout_module.TILE
-SMALL_TILES = "forward=16,16,4,1;scores=16,16,4,1;query=16,16,4,1;key=16,16,4,1"
+SMALL_TILES = "compressed=16,16,4,1;scores=16,16,4,1;compressed_query=16,16,4,1;compressed_key=16,16,4,1"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from .places import Places, places_of
 from .pooling import pool, pool_weight_gradient
 from .selected import attend_selected, head_groups
 from .selection import FORCED, choose_blocks
-from .tiles import Tiles, tiles_for, tiles_override
+from .tiles import tiles_of
 
 
 def native_sparse_attention(
@@ -121,7 +121,7 @@ class _NativeSparseAttention(torch.autograd.Function):
             block_size=block_size,
             num_selected_blocks=call.num_selected_blocks,
             scale=scale,
-            tiles=_tiles(q, k, block_size),
+            tiles=tiles_of(q, k.shape[2], block_size),
             padded=call.places.padded,
             keep=any(ctx.needs_input_grad),
         )
@@ -181,7 +181,7 @@ class _NativeSparseAttention(torch.autograd.Function):
             padded=call.places.padded,
         )
         batch, time, query_heads, head_size = q.shape
-        heads, tiles = k.shape[2], _tiles(q, k, block_size)
+        heads, tiles = k.shape[2], tiles_of(q, k.shape[2], block_size)
         group = query_heads // heads
         lists = lists_by_block(
             words,
@@ -246,7 +246,3 @@ class _NativeSparseAttention(torch.autograd.Function):
                 call.places.of_rows(d_pooled_v, ctx.given).to(q.dtype),
             )
         return dq, dk, dv, d_gates, *d_given, *d_pooling, None
-
-
-def _tiles(q: Tensor, k: Tensor, block_size: int) -> Tiles:
-    return tiles_for(q.shape[3], q.shape[2] // k.shape[2], block_size, q.dtype, tiles_override())

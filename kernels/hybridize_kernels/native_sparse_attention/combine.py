@@ -10,6 +10,7 @@ from torch import Tensor
 from ..launch import launch
 from .layout import Layout, power_of_two
 from .lists import Lists
+from .rows import BLOCK_FIELDS
 
 ROW_ELEMENTS = 4096
 """Of a program over rows."""
@@ -227,7 +228,7 @@ def _key_sum_kernel(
     block = tl.program_id(0)
     of_launch = tl.program_id(1).to(tl.int64)
     head = of_launch + first_head
-    at = blocks_ptr + block * 9
+    at = blocks_ptr + block * BLOCK_FIELDS
     num_keys = tl.load(at + 2)
     if num_keys == 0:
         return

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .compressed_tiles import LOG2_E, constants_of, lanes_of, load_rows, num_parts, part_of_tile, store_rows, tiles_of
 from .layout import TILE, Layout
+from .rows import lanes_of, load_rows, part_of_tile, store_rows
+from .tiles import LOG2_E, constants_of, num_parts, tiles_of
 
 NOTHING_YET = tl.constexpr(-1e30)
 """A maximum of no logits: finite, so that hidden logits give weights of 0 and not NaN."""
@@ -40,7 +41,7 @@ def attend_blocks(
         lse.fill_(float("inf"))
     if output.numel() == 0 or len(layout.tiles) == 0:
         return output, lse
-    constants = constants_of(q, heads, block_size, tiles_of(q, heads).forward)
+    constants = constants_of(q, heads, block_size, tiles_of(q, heads, block_size).compressed)
     launch(
         _forward_kernel,
         (len(layout.tiles) * num_parts(constants) * heads,),
@@ -72,7 +73,7 @@ def block_scores(
     scores = torch.empty(heads, num_tiles, TILE, layout.most_blocks, dtype=torch.float32, device=q.device)
     if scores.numel() == 0 or q.numel() == 0:
         return scores
-    constants = constants_of(q, heads, block_size, tiles_of(q, heads).scores)
+    constants = constants_of(q, heads, block_size, tiles_of(q, heads, block_size).scores)
     launch(
         _scores_kernel,
         (num_tiles * num_parts(constants) * heads,),

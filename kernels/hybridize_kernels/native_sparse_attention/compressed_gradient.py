@@ -13,20 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .compressed_tiles import (
-    BLOCK_FIELDS,
-    Tile,
-    constants_of,
-    lanes_of,
-    load_rows,
-    num_parts,
-    part_of_tile,
-    power_of_two,
-    size_constants,
-    store_rows,
-    tiles_of,
-)
-from .layout import Layout
+from .layout import Layout, power_of_two
+from .rows import BLOCK_FIELDS, lanes_of, load_rows, part_of_tile, store_rows
+from .tiles import Tile, constants_of, num_parts, size_constants, tiles_of
 
 PROGRAMS = 2112
 """Of the kernel for dk and dv to aim at, half of which have work: eight for each processor of an H100."""
@@ -71,7 +60,7 @@ def attend_blocks_backward(
     if len(layout.blocks) // layout.most_blocks < q.shape[0]:
         raise ValueError("native_sparse_attention: several rows need a layout with equally many blocks in each")
     rows = torch.empty(q.shape[0] * heads, 3, q.shape[1] * (q.shape[2] // heads), dtype=torch.float32, device=q.device)
-    constants = constants_of(q, heads, block_size, tiles_of(q, heads).query)
+    constants = constants_of(q, heads, block_size, tiles_of(q, heads, block_size).compressed_query)
     launch(
         _query_kernel,
         (len(layout.tiles) * num_parts(constants) * heads,),
@@ -97,7 +86,7 @@ def _key_gradients(
     num_blocks, heads = kc.shape[:2]
     most = layout.most_blocks
     slabs = num_blocks // most
-    group, tile = query_heads // heads, tiles_of(q, heads).key
+    group, tile = query_heads // heads, tiles_of(q, heads, block_size).compressed_key
     tiles = slabs * -(-most // tile.keys)
     span = span_of(time, tiles * heads, group, tile)
     spans = -(-time // span)

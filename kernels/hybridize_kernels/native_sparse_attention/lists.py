@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .layout import TILE, Layout
+from .rows import BLOCK_FIELDS, TILE_FIELDS
 
 COLUMNS = 64
 """Blocks that a program looks at together."""
@@ -130,7 +131,7 @@ def _count_kernel(
     lane = tl.arange(0, BLOCK_C)
     index = tl.program_id(0) * BLOCK_C + lane
     inside = index < num_blocks
-    at = blocks_ptr + index * 9
+    at = blocks_ptr + index * BLOCK_FIELDS
     used = tl.load(at + 2, mask=inside, other=0) > 0
     number = tl.load(at + 3, mask=inside, other=0)
     of_zero = tl.load(at + 4, mask=inside, other=0)
@@ -211,7 +212,7 @@ def _fill_kernel(
 ):
     head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
-    at = tiles_ptr + tile * 8
+    at = tiles_ptr + tile * TILE_FIELDS
     row = tl.load(at + 1)
     low = tl.load(at + 2)
     high = tl.load(at + 3)

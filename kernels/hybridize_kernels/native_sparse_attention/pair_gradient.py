@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .layout import Layout, power_of_two
+from .layout import Layout
 from .lists import Lists
-from .pairs import LOG2_E, item_of
-from .tiles import Tile, load_features
+from .pairs import item_of
+from .rows import BLOCK_FIELDS, load_rows
+from .tiles import LOG2_E, Tile, size_constants
 
 
 def pair_gradients(
@@ -42,7 +43,7 @@ def pair_gradients(
 
     q, d_output (of the branch) `[B, T, HQ, D]`, rows (log-sum-exp in base 2, and ⟨do, o⟩) `[B, T, HQ, 2]`: contiguous.
     """
-    head_size, group = q.shape[3], q.shape[2] // k.shape[2]
+    group = q.shape[2] // k.shape[2]
     launch(
         _pair_gradient_kernel,
         (lists.items.shape[1], len(heads)),
@@ -73,12 +74,9 @@ def pair_gradients(
             q.shape[2],
         ),
         G=group,
-        D=head_size,
-        BLOCK_D=max(16, power_of_two(head_size)),
-        BS=block_size,
         ENTRIES=entries_per_item,
         LOG2_E=LOG2_E,
-        PRECISION="ieee" if q.element_size() == 4 else "tf32",
+        **size_constants(q, block_size),
         **tile.options(),
     )
 
@@ -132,7 +130,7 @@ def _pair_gradient_kernel(
     )
     if block >= num_blocks:
         return
-    at = blocks_ptr + block * 9
+    at = blocks_ptr + block * BLOCK_FIELDS
     batch = tl.load(at).to(tl.int64)
     num_keys = tl.load(at + 2)
     first_position = tl.load(at + 3) * BS
@@ -142,8 +140,8 @@ def _pair_gradient_kernel(
     features = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_M)
     member = lanes % G
-    k = load_features(k_ptr + batch * k_stride_b + head * k_stride_h + column * k_stride_t, features, D, BLOCK_D)
-    v = load_features(v_ptr + batch * v_stride_b + head * v_stride_h + column * v_stride_t, features, D, BLOCK_D)
+    k = load_rows(k_ptr + batch * k_stride_b + head * k_stride_h + column * k_stride_t, D, BLOCK_D)
+    v = load_rows(v_ptr + batch * v_stride_b + head * v_stride_h + column * v_stride_t, D, BLOCK_D)
     entries_ptr += head * most_pairs
     of_head = head * G + member
     dk = tl.zeros([BS, BLOCK_D], tl.float32)
@@ -154,8 +152,8 @@ def _pair_gradient_kernel(
         valid = (pair < end) & (lanes < BLOCK_Q * G)
         query = tl.load(entries_ptr + tl.minimum(pair, end - 1)).to(tl.int64)
         row = query * query_heads + of_head
-        q = load_features(q_ptr + row * D, features, D, BLOCK_D)
-        d_output = load_features(d_output_ptr + row * D, features, D, BLOCK_D)
+        q = load_rows(q_ptr + row * D, D, BLOCK_D)
+        d_output = load_rows(d_output_ptr + row * D, D, BLOCK_D)
         numbers = tl.load(rows_ptr + row)
         lse = tl.where(valid, (numbers & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), float("inf"))
         delta = (numbers >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scale

@@ -11,11 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .layout import Layout, power_of_two
+from .layout import Layout
 from .lists import Lists
-from .tiles import Tile, load_features
-
-LOG2_E = 1.4426950408889634
+from .rows import BLOCK_FIELDS, load_rows, store_rows
+from .tiles import LOG2_E, Tile, size_constants
 
 
 def attend_pairs(
@@ -38,7 +37,7 @@ def attend_pairs(
     q `[B, T, HQ, D]`, contiguous; k, v `[B, S, H, D]` with features side by side. All blocks of the lists are complete
     and in the past.
     """
-    head_size, group = q.shape[3], q.shape[2] // k.shape[2]
+    group = q.shape[2] // k.shape[2]
     launch(
         _pair_kernel,
         (lists.items.shape[1], len(heads)),
@@ -66,11 +65,8 @@ def attend_pairs(
             k.shape[2] * group,
         ),
         G=group,
-        D=head_size,
-        BLOCK_D=max(16, power_of_two(head_size)),
-        BS=block_size,
         ENTRIES=entries_per_item,
-        PRECISION="ieee" if q.element_size() == 4 else "tf32",
+        **size_constants(q, block_size),
         **tile.options(),
     )
 
@@ -131,19 +127,18 @@ def _pair_kernel(
     )
     if block >= num_blocks:
         return
-    batch = tl.load(blocks_ptr + block * 9).to(tl.int64)
-    column = (tl.load(blocks_ptr + block * 9 + 1) + tl.arange(0, BS)).to(tl.int64)
-    features = tl.arange(0, BLOCK_D)
+    batch = tl.load(blocks_ptr + block * BLOCK_FIELDS).to(tl.int64)
+    column = (tl.load(blocks_ptr + block * BLOCK_FIELDS + 1) + tl.arange(0, BS)).to(tl.int64)
     lanes = tl.arange(0, BLOCK_M)
     member = lanes % G
-    k = load_features(k_ptr + batch * k_stride_b + head * k_stride_h + column * k_stride_t, features, D, BLOCK_D)
-    v = load_features(v_ptr + batch * v_stride_b + head * v_stride_h + column * v_stride_t, features, D, BLOCK_D)
+    k = load_rows(k_ptr + batch * k_stride_b + head * k_stride_h + column * k_stride_t, D, BLOCK_D)
+    v = load_rows(v_ptr + batch * v_stride_b + head * v_stride_h + column * v_stride_t, D, BLOCK_D)
     entries_ptr += head * most_pairs
     q_ptr += (head * G + member) * D
     for at in tl.range(first, end, BLOCK_Q, num_stages=STAGES):
         pair = at + lanes // G
         query = tl.load(entries_ptr + tl.minimum(pair, end - 1)).to(tl.int64)
-        q = load_features(q_ptr + query * query_heads * D, features, D, BLOCK_D)
+        q = load_rows(q_ptr + query * query_heads * D, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         peak = tl.max(logits, 1) * scale2
         weights = tl.math.exp2(logits * scale2 - peak[:, None])
@@ -152,8 +147,4 @@ def _pair_kernel(
         valid = (pair < end) & (lanes < BLOCK_Q * G)
         place = (of_launch * most_pairs + pair) * G + member
         tl.store(lse_ptr + place, peak + tl.math.log2(total), mask=valid)
-        tl.store(
-            output_ptr + place[:, None] * D + features[None, :],
-            output.to(output_ptr.dtype.element_ty),
-            mask=valid[:, None] & (features < D)[None, :],
-        )
+        store_rows(output_ptr + place * D, output, valid, D, BLOCK_D)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .compressed_tiles import BLOCK_FIELDS, load_rows, power_of_two
-from .layout import Layout
+from .layout import Layout, power_of_two
+from .rows import BLOCK_FIELDS, load_rows
 
 ELEMENTS = 4096
 """Of x that a program holds at once."""

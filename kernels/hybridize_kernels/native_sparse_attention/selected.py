@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .layout import TILE, Layout, power_of_two
+from .layout import TILE, Layout
 from .lists import Lists, lists_by_block
-from .pairs import LOG2_E, attend_pairs
-from .tiles import Tile, Tiles, load_features
+from .pairs import attend_pairs
+from .rows import TILE_FIELDS, lanes_of, load_rows, part_of_tile, store_rows
+from .tiles import LOG2_E, Tiles, constants_of, num_parts
 from .unions import Unions, unions_of
 
 PAIR_BYTES = 2**30
@@ -67,9 +68,8 @@ def attend_selected(
     (batch, time, query_heads, head_size), heads = q.shape, k.shape[2]
     group = query_heads // heads
     options: dict[str, Any] = {"block_size": block_size, "scale": scale}
-    unions = unions_of(
-        words, layout, block_size=block_size, queries=tiles.queries(tiles.union, group), limit=tiles.limit
-    )
+    constants = constants_of(q, heads, block_size, tiles.union)
+    unions = unions_of(words, layout, block_size=block_size, queries=TILE // num_parts(constants), limit=tiles.limit)
     mixed = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     made = Selected(torch.empty_like(q) if keep else mixed, lse, mixed)
@@ -101,9 +101,7 @@ def attend_selected(
             attend_pairs(
                 q, k, v, lists, layout, *pairs, heads=some, entries_per_item=entries, tile=tiles.pairs, **options
             )
-        _attend_unions(
-            q, k, v, unions, lists, pairs, compressed, near, gates, made, layout, some, tiles.union, **options
-        )
+        _attend_unions(q, k, v, unions, lists, pairs, compressed, near, gates, made, layout, some, constants, scale)
     return made
 
 
@@ -120,12 +118,10 @@ def _attend_unions(
     made: Selected,
     layout: Layout,
     heads: range,
-    tile: Tile,
-    *,
-    block_size: int,
+    constants: dict[str, Any],
     scale: float,
 ) -> None:
-    (_, time, query_heads, head_size), group = q.shape, q.shape[2] // k.shape[2]
+    time, query_heads = q.shape[1:3]
     parts = unions.counts.shape[1]
     slots, counts, most_slots, most_pairs = unions.counts, unions.counts, 0, 0
     if lists is not None:
@@ -146,16 +142,9 @@ def _attend_unions(
             most_slots,
             most_pairs,
         ),
-        G=group,
-        GP=power_of_two(group),
-        D=head_size,
-        BLOCK_D=max(16, power_of_two(head_size)),
-        BS=block_size,
-        TILE=TILE,
         FAR=lists is not None,
         KEEP=made.output is not made.mixed,
-        PRECISION="ieee" if q.element_size() == 4 else "tf32",
-        **tile.options(),
+        **constants,
     )
 
 
@@ -198,7 +187,6 @@ def _union_attention_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BS: tl.constexpr,
-    TILE: tl.constexpr,
     FAR: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -206,30 +194,25 @@ def _union_attention_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GP
-    PARTS: tl.constexpr = TILE // BLOCK_Q
+    PARTS: tl.constexpr = 32 // BLOCK_Q
     of_launch = tl.program_id(1).to(tl.int64)
     head = of_launch + first_head
     # The last tiles, which have the most blocks, start first.
     part = tl.num_programs(0) - 1 - tl.program_id(0)
-    at = tiles_ptr + part // PARTS * 8
-    offset = part % PARTS * BLOCK_Q
-    row = tl.load(at + 1) + offset
-    low = tl.load(at + 2)
-    high = tl.load(at + 3)
-    if (row >= high) | (row + BLOCK_Q <= low):
+    tile, part_in_tile = part // PARTS, part % PARTS
+    batch, first, end, position, _, index = part_of_tile(tiles_ptr, tile, part_in_tile, BLOCK_Q)
+    if first >= end:
         return
-    batch = tl.load(at).to(tl.int64)
-    position = tl.load(at + 4) + offset
-    key = tl.load(at + 5)
-    lanes = tl.arange(0, BLOCK_M)
-    member = lanes % GP
-    lane = lanes // GP
-    valid = (member < G) & (row + lane >= low) & (row + lane < high)
-    token = batch * time + tl.minimum(tl.maximum(row + lane, low), high - 1)
-    features = tl.arange(0, BLOCK_D)
+    query, member, valid = lanes_of(end - first, G, GP, BLOCK_M)
+    bit = query + index - part_in_tile * BLOCK_Q
+    key = tl.load(tiles_ptr + tile * TILE_FIELDS + 5)
+    # Beyond the last key there may be anything, which a weight of 0 does not make a 0.
+    last = tl.load(tiles_ptr + tile * TILE_FIELDS + 7) - 1
+    token = batch * time + first + query
     keys = tl.arange(0, BS)
-    out_row = token * query_heads + head * G + tl.minimum(member, G - 1)
-    q = load_features(q_ptr + out_row * D, features, D, BLOCK_D)
+    features = tl.arange(0, BLOCK_D)
+    out_row = token * query_heads + head * G + member
+    q = load_rows(q_ptr + out_row * D, D, BLOCK_D)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
 
@@ -238,20 +221,18 @@ def _union_attention_kernel(
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     place = head * tl.num_programs(0) + part
     union_ptr += place * capacity * 2
-    # Beyond the last key there may be anything, which a weight of 0 does not make a 0.
-    last = tl.load(tiles_ptr + part // PARTS * 8 + 7) - 1
     for n in tl.range(0, tl.load(count_ptr + place), num_stages=STAGES):
         block = tl.load(union_ptr + n * 2)
         bits = tl.load(union_ptr + n * 2 + 1)
         of_key = block * BS + keys
         column = (key + tl.minimum(of_key, last)).to(tl.int64)
-        k = load_features(k_ptr + column * k_stride_t, features, D, BLOCK_D)
-        v = load_features(v_ptr + column * v_stride_t, features, D, BLOCK_D)
+        k = load_rows(k_ptr + column * k_stride_t, D, BLOCK_D)
+        v = load_rows(v_ptr + column * v_stride_t, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if block * BS + BS > position:
-            logits = tl.where(of_key[None, :] <= (position + lane)[:, None], logits, -float("inf"))
+            logits = tl.where(of_key[None, :] <= (position + query)[:, None], logits, -float("inf"))
         # What a row did not choose it sees from infinitely high, which takes no mask of the weights.
-        chose = ((bits >> lane) & 1) > 0
+        chose = ((bits >> bit) & 1) > 0
         higher = tl.where(chose, tl.maximum(peak, tl.max(logits, 1) * scale2), peak)
         weights = tl.math.exp2(logits * scale2 - tl.where(chose, higher, float("inf"))[:, None])
         shrink = tl.math.exp2(peak - higher)
@@ -265,7 +246,7 @@ def _union_attention_kernel(
         for slot in tl.range(0, tl.max(count, 0), num_stages=STAGES):
             there = slot < count
             pair = tl.load(slots_ptr + slot, mask=there, other=0)
-            pair_row = (of_launch * most_pairs + pair) * G + tl.minimum(member, G - 1)
+            pair_row = (of_launch * most_pairs + pair) * G + member
             pair_lse = tl.load(pair_lse_ptr + pair_row, mask=there, other=-float("inf"))
             part_output = tl.load(
                 pair_ptr + pair_row[:, None] * D + features[None, :],
@@ -282,15 +263,13 @@ def _union_attention_kernel(
     blind = total == 0
     output = output * (1.0 / tl.where(blind, 1.0, total))[:, None]
     lse = tl.where(blind, float("inf"), peak + tl.math.log2(tl.where(blind, 1.0, total)))
-    inside = valid[:, None] & (features < D)[None, :]
-    at = out_row[:, None] * D + features[None, :]
     output = output.to(output_ptr.dtype.element_ty)
     if KEEP:
         tl.store(lse_ptr + out_row, lse, mask=valid)
-        tl.store(output_ptr + at, output, mask=inside)
+        store_rows(output_ptr + out_row * D, output, valid, D, BLOCK_D)
     mixed = tl.load(gates_ptr + out_row * 3 + 1).to(tl.float32)[:, None] * output.to(tl.float32)
-    compressed = load_features(compressed_ptr + out_row * D, features, D, BLOCK_D)
+    compressed = load_rows(compressed_ptr + out_row * D, D, BLOCK_D)
     mixed += tl.load(gates_ptr + out_row * 3).to(tl.float32)[:, None] * compressed.to(tl.float32)
-    near = load_features(near_ptr + out_row * D, features, D, BLOCK_D)
+    near = load_rows(near_ptr + out_row * D, D, BLOCK_D)
     mixed += tl.load(gates_ptr + out_row * 3 + 2).to(tl.float32)[:, None] * near.to(tl.float32)
-    tl.store(mixed_ptr + at, mixed.to(mixed_ptr.dtype.element_ty), mask=inside)
+    store_rows(mixed_ptr + out_row * D, mixed, valid, D, BLOCK_D)

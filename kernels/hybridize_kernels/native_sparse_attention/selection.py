@@ -14,6 +14,7 @@ from torch import Tensor
 from ..launch import launch
 from .compressed import block_scores
 from .layout import TILE, Layout, power_of_two
+from .rows import TILE_FIELDS
 
 FORCED = 3
 """The first, the current and the previous block, which are chosen whatever their score."""
@@ -99,10 +100,10 @@ def choose_kernel(
 ):
     head = tl.program_id(1).to(tl.int64)
     tile = first_tile + tl.program_id(0)
-    row = tl.load(tiles_ptr + tile * 8 + 1)
-    low = tl.load(tiles_ptr + tile * 8 + 2)
-    high = tl.load(tiles_ptr + tile * 8 + 3)
-    position = tl.load(tiles_ptr + tile * 8 + 4)
+    row = tl.load(tiles_ptr + tile * TILE_FIELDS + 1)
+    low = tl.load(tiles_ptr + tile * TILE_FIELDS + 2)
+    high = tl.load(tiles_ptr + tile * TILE_FIELDS + 3)
+    position = tl.load(tiles_ptr + tile * TILE_FIELDS + 4)
     columns = tl.arange(0, BLOCK_C)
     inside = columns < num_columns
     scores_ptr += (head * tl.num_programs(0) + tl.program_id(0)) * TILE * num_columns

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .layout import TILE, Layout, power_of_two
+from .rows import TILE_FIELDS
 
 
 class Unions(NamedTuple):
@@ -79,7 +80,7 @@ def _union_kernel(
     PARTS: tl.constexpr = TILE // QUERIES
     head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
-    position = tl.load(tiles_ptr + tile * 8 + 4)
+    position = tl.load(tiles_ptr + tile * TILE_FIELDS + 4)
     column = tl.arange(0, BLOCK_C)
     inside = column < num_columns
     words = tl.load(words_ptr + (head * num_tiles + tile) * num_columns + column, mask=inside, other=0)
