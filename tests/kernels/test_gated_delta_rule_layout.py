@@ -137,7 +137,7 @@ def test_tables_that_are_captured_belong_to_the_graph(lengths: tuple[int, ...] |
     """They are not computed before the graph is replayed: nobody else may be handed them, nor may a cache drop them."""
     ends = None if lengths is None else torch.tensor([0, *accumulate(lengths)], device=DEVICE)
     make = lambda: tables(1, 12, ends, DEVICE, chunk=7)  # noqa: E731
-    with mock.patch.object(layout, "is_capturing", return_value=True):
+    with mock.patch.object(kept, "is_capturing", return_value=True):
         captured = make()
         again = make()
     outside = make()
@@ -151,9 +151,9 @@ def test_a_graph_keeps_the_tables_made_before_its_capture() -> None:
     """Equal lengths never change, so that nothing of them needs to be captured."""
     make = lambda: tables(3, 12, None, DEVICE, chunk=5)  # noqa: E731
     before = make()
-    with mock.patch.object(layout, "is_capturing", return_value=True):
+    with mock.patch.object(kept, "is_capturing", return_value=True):
         captured = make()
-        layout._of_streams.cache_clear()  # as when many other shapes have come since
+        kept._of_streams.cache_clear()  # as when many other shapes have come since
         assert make() is captured
     assert captured is before
     assert make() is not captured, "tables are made anew where the cache has dropped them"
@@ -162,7 +162,7 @@ def test_a_graph_keeps_the_tables_made_before_its_capture() -> None:
 def test_each_stream_has_its_own_tables() -> None:
     make = lambda: tables(3, 12, None, DEVICE, chunk=4)  # noqa: E731
     first = make()
-    with mock.patch.object(layout, "current_stream", return_value=1):
+    with mock.patch.object(kept, "current_stream", return_value=1):
         second = make()
         assert make() is second
     assert second is not first

@@ -7,17 +7,15 @@ nothing but these tables, which are made on the device: no length is ever asked 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton import cdiv
 
-from ..dispatch import current_stream, is_capturing
+from ..kept import tables_of_bounds, tables_of_sizes
 from ..launch import launch
 
 ROWS = 64
@@ -74,21 +72,8 @@ def tables(
         segment_chunks: chunks of a segment; None: a sequence is one segment.
     """
     if cu_seqlens is None:
-        return _Equal(batch, time, device, chunk, segment_chunks).tables()
-    # A graph follows the lengths that it is replayed with. Nobody counts the changes of an inference tensor.
-    if is_capturing(device) or cu_seqlens.is_inference():
-        return _packed(cu_seqlens, time, device, chunk, segment_chunks)
-    # The layers of a model are all called with the same tensor.
-    known: dict[tuple[Any, ...], Tables] = _known.setdefault(cu_seqlens, {})
-    key = (cu_seqlens._version, time, device, chunk, segment_chunks, current_stream(device))
-    made = known.get(key)
-    if made is None:
-        known.clear()
-        made = known[key] = _packed(cu_seqlens, time, device, chunk, segment_chunks)
-    return made
-
-
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        return tables_of_sizes(_equal, device, batch, time, chunk, segment_chunks)
+    return tables_of_bounds(_packed, cu_seqlens, device, time, chunk, segment_chunks)
 
 
 def most_chunks(num_sequences: int, time: int, packed: bool, chunk: int) -> int:
@@ -107,46 +92,13 @@ def most_segments(num_sequences: int, time: int, packed: bool, chunk: int, segme
     return num_sequences * max(1, -(-chunks // segment_chunks))
 
 
-def _packed(cu_seqlens: Tensor, time: int, device: torch.device, chunk: int, segment_chunks: int | None) -> Tables:
+def _packed(cu_seqlens: Tensor, device: torch.device, time: int, chunk: int, segment_chunks: int | None) -> Tables:
     return _make(cu_seqlens.to(device), time, True, chunk, segment_chunks)
 
 
-class _Equal(NamedTuple):
-    """What the tables of equally long sequences depend on."""
-
-    batch: int
-    time: int
-    device: torch.device
-    chunk: int
-    segment_chunks: int | None
-
-    def tables(self) -> Tables:
-        of_streams = _of_streams(self)
-        if not is_capturing(self.device):
-            stream = current_stream(self.device)
-            if stream not in of_streams:
-                of_streams[stream] = self._made()
-            return of_streams[stream]
-        # A graph reads its tables for as long as it lives, so none that it was given is ever dropped. What was queued
-        # before a capture is done when the graph is replayed; what is captured is not: nobody else may be given it.
-        if self not in _captured:
-            if not of_streams:
-                return self._made()
-            _captured[self] = next(iter(of_streams.values()))
-        return _captured[self]
-
-    def _made(self) -> Tables:
-        ends = torch.arange(self.batch + 1, device=self.device) * self.time
-        return _make(ends, self.time, False, self.chunk, self.segment_chunks)
-
-
-@lru_cache(maxsize=512)
-def _of_streams(equal: _Equal) -> dict[int, Tables]:
-    """Tables by the stream they were made on: another would not wait for them."""
-    return {}
-
-
-_captured: dict[_Equal, Tables] = {}
+def _equal(device: torch.device, batch: int, time: int, chunk: int, segment_chunks: int | None) -> Tables:
+    ends = torch.arange(batch + 1, device=device) * time
+    return _make(ends, time, False, chunk, segment_chunks)
 
 
 def _make(ends: Tensor, time: int, packed: bool, chunk: int, segment_chunks: int | None) -> Tables:

@@ -8,11 +8,12 @@ made on the device: no length is ever asked for.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..kept import tables_of_bounds, tables_of_sizes
 
 TILE = 32
 """Positions of a tile of queries: as many as a word of membership has bits."""
@@ -71,9 +72,23 @@ def packed_documents(cu_seqlens: Tensor, time: int) -> Documents:
     return Documents(torch.zeros_like(begin), begin, end - begin, begin, end)
 
 
-@lru_cache(maxsize=64)
 def equal_layout(batch: int, time: int, keys: int, block_size: int, device: torch.device) -> Layout:
     """B rows of S keys, of which the last T have queries."""
+    return tables_of_sizes(_equal, device, batch, time, keys, block_size)
+
+
+def packed_layout(cu_seqlens: Tensor, time: int, block_size: int, device: torch.device) -> Layout:
+    """Texts in one row of T tokens, with bounds `[N + 1]` from 0 to T."""
+    return tables_of_bounds(_packed, cu_seqlens, device, time, block_size)
+
+
+def _packed(cu_seqlens: Tensor, device: torch.device, time: int, block_size: int) -> Layout:
+    number = len(cu_seqlens) - 1
+    documents = packed_documents(cu_seqlens.to(device), time)
+    return layout_of(documents, block_size, time // TILE + number, time // block_size + number)
+
+
+def _equal(device: torch.device, batch: int, time: int, keys: int, block_size: int) -> Layout:
     ones = torch.ones(batch, dtype=torch.long, device=device)
     row = torch.arange(batch, device=device)
     documents = Documents(row, ones * 0, ones * keys, ones * 0, ones * time)

@@ -15,7 +15,7 @@ from .layout import (
     cached_documents,
     equal_layout,
     layout_of,
-    packed_documents,
+    packed_layout,
     padded_documents,
 )
 
@@ -113,9 +113,7 @@ def places_of(
     row_blocks = -(-keys // block_size)
     sizes = (batch, time)
     if cu_seqlens is not None:
-        documents = packed_documents(cu_seqlens, time)
-        number = len(cu_seqlens) - 1
-        layout = layout_of(documents, block_size, time // TILE + number, time // block_size + number)
+        layout = packed_layout(cu_seqlens, time, block_size, device)
         return Places(layout, cu_seqlens=cu_seqlens, sizes=sizes)
     if query_positions is None:
         layout = equal_layout(batch, time, keys, block_size, device)
