@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import accumulate, pairwise
 from unittest import mock
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hybridize_kernels.gated_delta_rule import layout
 from hybridize_kernels.gated_delta_rule.layout import Tables, tables
 
+kept = import_module("hybridize_kernels.kept")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 any_lengths = st.lists(st.one_of(st.integers(0, 70), st.just(0), st.sampled_from([8, 16, 64])), min_size=1, max_size=6)
 any_chunk = st.sampled_from([8, 16])
