@@ -48,19 +48,20 @@ DENSE_ONLY = [Case(8, 4096, 32, 8, 128)]
 TINY = [Case(2, 90, 4, 2, 16, W=20, BS=16, S=4)]
 
 PARTS = {
-    "pool": ("block means", False),
-    "attend_blocks": ("compressed branch", False),
-    "choose_blocks": ("choice of blocks", False),
-    "Places.attend_near": ("window branch", False),
-    "attend_selected": ("selected branch", False),
-    "gate_gradients": ("gradient of gates", True),
-    "attend_blocks_backward": ("gradient of compressed branch", True),
-    "lists_by_block": ("lists by block", True),
-    "pair_gradients": ("gradient of selected branch", True),
-    "query_gradient": ("sum for queries", True),
-    "key_gradients": ("sum for keys", True),
+    "attention.pool": ("block means", False),
+    "attention.attend_blocks": ("compressed branch", False),
+    "attention.choose_blocks": ("choice of blocks", False),
+    "attention.attend_near": ("window branch", False),
+    "attention.attend_selected": ("selected branch", False),
+    "attention.gate_gradients": ("gradient of gates", True),
+    "attention.near_gradients": ("gradient of window branch", True),
+    "attention.attend_blocks_backward": ("gradient of compressed branch", True),
+    "selected_gradient.lists_by_block": ("lists by block", True),
+    "selected_gradient.pair_gradients": ("gradient of selected branch", True),
+    "selected_gradient.query_gradient": ("sum for queries", True),
+    "selected_gradient.key_gradients": ("sum for keys", True),
 }
-"""Functions that the op's module calls: what they do, and whether the backward pass does it."""
+"""Functions where modules of the op call them: what they do, and whether the backward pass does it."""
 
 
 def errors_of(form: Form, leaves: list[Tensor], case: Case, *, gradient: bool) -> dict[str, float]:
@@ -154,7 +155,6 @@ def compare(case: Case, others: list[Form], report: Report, yardsticks: Yardstic
 
 def parts(attend: Attention, leaves: list[Tensor], *, backward: bool) -> list[tuple[str, Callable[[], Any]]]:
     """The op's pieces, each with what it is called with in one step."""
-    module = import_module("hybridize_kernels.native_sparse_attention.attention")
     calls: dict[str, list[Callable[[], Any]]] = {}
 
     def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,11 +167,9 @@ def parts(attend: Attention, leaves: list[Tensor], *, backward: bool) -> list[tu
     with ExitStack() as patches, torch.enable_grad():
         for name, (_, of_backward) in PARTS.items():
             if backward or not of_backward:
-                owner: Any = module
-                *path, last = name.split(".")
-                for step in path:
-                    owner = getattr(owner, step)
-                patches.enter_context(mock.patch.object(owner, last, recording(name, getattr(owner, last))))
+                module, function = name.split(".")
+                owner = import_module(f"hybridize_kernels.native_sparse_attention.{module}")
+                patches.enter_context(mock.patch.object(owner, function, recording(name, getattr(owner, function))))
         out = attend(*leaves)
         if backward:
             torch.autograd.grad(out, leaves, torch.randn_like(out))

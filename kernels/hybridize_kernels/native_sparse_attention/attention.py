@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .combine import gate_gradients, key_gradients, query_gradient
+from ..retained_attention.attention import Attended
+from .combine import gate_gradients
 from .compressed import attend_blocks
 from .compressed_gradient import attend_blocks_backward
-from .layout import Layout
-from .lists import lists_by_block
-from .pair_gradient import pair_gradients
+from .near import Near, attend_near, near_gradients
 from .places import Places, places_of
 from .pooling import pool, pool_weight_gradient
-from .selected import attend_selected, head_groups
-from .selection import FORCED, choose_blocks
-from .tiles import tiles_of
+from .selected import attend_selected
+from .selected_gradient import Others, selected_gradients
+from .selection import choose_blocks
 
 
 def native_sparse_attention(
@@ -66,9 +65,28 @@ class _Call(NamedTuple):
     scale: float
     places: Places
 
-    @property
-    def layout(self) -> Layout:
-        return self.places.layout
+
+class _Saved(NamedTuple):
+    """The tensors of a forward pass that its backward pass reads; near_*: of the window branch."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor
+    pooled_k: Tensor
+    pooled_v: Tensor
+    key_pooling: Tensor | None
+    value_pooling: Tensor | None
+    compressed: Tensor
+    compressed_lse: Tensor
+    words: Tensor
+    selected: Tensor
+    selected_lse: Tensor
+    near_q: Tensor
+    near_k: Tensor
+    near_v: Tensor
+    near: Tensor
+    near_lse: Tensor
 
 
 class _NativeSparseAttention(torch.autograd.Function):
@@ -87,162 +105,102 @@ class _NativeSparseAttention(torch.autograd.Function):
     ) -> Tensor:
         q, gates = q.contiguous(), gates.contiguous()
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        layout, block_size, scale = call.layout, call.block_size, call.scale
+        block_size, num_selected_blocks, window, scale, places = call
+        layout, padded = places.layout, places.padded
         if compressed_k is None or compressed_v is None:
             pooled_k = pool(k, layout, block_size, key_pooling)
             pooled_v = pool(v, layout, block_size, value_pooling)
         else:
-            pooled_k, pooled_v = (call.places.of_blocks(x) for x in (compressed_k, compressed_v))
-        compressed, compressed_lse = attend_blocks(
-            q, pooled_k, pooled_v, layout, block_size, scale, padded=call.places.padded
-        )
-        words = choose_blocks(
-            q,
-            pooled_k,
-            compressed_lse,
-            layout,
-            block_size=block_size,
-            num_selected_blocks=call.num_selected_blocks,
-            scale=scale,
-        )
-        # The window branch keeps what its own backward pass needs.
-        leaves = [x.detach().requires_grad_(any(ctx.needs_input_grad)) for x in (q, k, v)]
-        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-            near = call.places.attend_near(*leaves, window=call.window, scale=scale)
+            pooled_k, pooled_v = places.of_blocks(compressed_k), places.of_blocks(compressed_v)
+        compressed, compressed_lse = attend_blocks(q, pooled_k, pooled_v, layout, block_size, scale, padded=padded)
+        sizes: dict[str, int] = {"block_size": block_size, "num_selected_blocks": num_selected_blocks}
+        words = choose_blocks(q, pooled_k, compressed_lse, layout, scale=scale, **sizes)
+        near = attend_near(q, k, v, places, window=window, scale=scale)
         selected = attend_selected(
             q,
             k,
             v,
             words,
             compressed,
-            near.detach(),
+            near.attended.output,
             gates,
             layout,
-            block_size=block_size,
-            num_selected_blocks=call.num_selected_blocks,
             scale=scale,
-            tiles=tiles_of(q, k.shape[2], block_size),
-            padded=call.places.padded,
+            padded=padded,
             keep=any(ctx.needs_input_grad),
+            **sizes,
         )
         ctx.save_for_backward(
-            q,
-            k,
-            v,
-            gates,
-            pooled_k,
-            pooled_v,
-            key_pooling,
-            value_pooling,
-            compressed,
-            compressed_lse,
-            words,
-            *selected[:2],
+            *_Saved(
+                q,
+                k,
+                v,
+                gates,
+                pooled_k,
+                pooled_v,
+                key_pooling,
+                value_pooling,
+                compressed,
+                compressed_lse,
+                words,
+                selected.output,
+                selected.log_sum_exp,
+                *near.attended[:5],
+            )
         )
-        ctx.call, ctx.near, ctx.leaves = call, near, leaves
+        ctx.call, ctx.near = call, (near.attended.work, near.tokens)
         ctx.given = None if compressed_k is None else compressed_k.shape
         return selected.mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (
-            q,
-            k,
-            v,
-            gates,
-            pooled_k,
-            pooled_v,
-            key_pooling,
-            value_pooling,
-            compressed,
-            compressed_lse,
-            words,
-            selected,
-            lse,
-        ) = ctx.saved_tensors
-        call: _Call = ctx.call
-        layout, block_size, scale = call.layout, call.block_size, call.scale
+        saved = _Saved(*ctx.saved_tensors)
+        q, k, v, gates = saved[:4]
+        block_size, num_selected_blocks, _, scale, places = ctx.call
+        layout, padded = places.layout, places.padded
         d_output = d_output.contiguous()
-        outputs = (compressed, selected, ctx.near.detach())
-        d_gates, delta, rows, d_selected, d_near = gate_gradients(d_output, outputs, gates, lse)
-        near = torch.autograd.grad(ctx.near, ctx.leaves, d_near, retain_graph=True)
-        dq_compressed, d_pooled_k, d_pooled_v = attend_blocks_backward(
+        outputs = (saved.compressed, saved.selected, saved.near)
+        d_gates, delta, rows, d_selected, d_near = gate_gradients(d_output, outputs, gates, saved.selected_lse)
+        work, tokens = ctx.near
+        dq_near, dk_near, dv_near = near_gradients(Near(Attended(*saved[-5:], work), tokens), d_near, k.shape[1])
+        dq_compressed, *d_pooled = attend_blocks_backward(
             q,
-            pooled_k,
-            pooled_v,
+            saved.pooled_k,
+            saved.pooled_v,
             d_output,
             gates[..., 0],
             delta,
-            compressed_lse,
+            saved.compressed_lse,
             layout,
             block_size,
             scale,
-            padded=call.places.padded,
+            padded=padded,
         )
-        batch, time, query_heads, head_size = q.shape
-        heads, tiles = k.shape[2], tiles_of(q, k.shape[2], block_size)
-        group = query_heads // heads
-        lists = lists_by_block(
-            words,
+        pooling = None
+        if saved.key_pooling is not None and saved.value_pooling is not None:
+            pooling = saved.key_pooling.contiguous(), saved.value_pooling.contiguous()
+        dq, dk, dv = selected_gradients(
+            q,
+            k,
+            v,
+            d_selected,
+            rows,
+            saved.words,
+            Others(dq_near, dq_compressed, dk_near, dv_near, None if ctx.given else d_pooled, pooling),
             layout,
-            batch=batch,
-            time=time,
-            most_slots=max(FORCED, call.num_selected_blocks),
             block_size=block_size,
-            entries_per_item=tiles.entries,
-            padded=call.places.padded,
+            num_selected_blocks=num_selected_blocks,
+            scale=scale,
+            padded=padded,
         )
-        dq = torch.empty_like(q)
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        if call.places.padded:  # keys that belong to no block have no gradient
-            dk.zero_()
-            dv.zero_()
-        pooling = None if key_pooling is None else (key_pooling.contiguous(), value_pooling.contiguous())
-        groups = head_groups(heads, lists.entries.shape[1], group, head_size, q.element_size())
-        dq_pairs = q.new_empty(len(groups[0]), lists.entries.shape[1], group, head_size)
-        items = lists.items.shape[1]
-        d_block = torch.empty(len(groups[0]), items, 2, block_size, head_size, dtype=torch.float32, device=q.device)
-        for some in groups:
-            pair_gradients(
-                q,
-                k,
-                v,
-                d_selected,
-                rows,
-                lists,
-                layout,
-                dq_pairs,
-                d_block,
-                heads=some,
-                block_size=block_size,
-                scale=scale,
-                entries_per_item=tiles.entries,
-                tile=tiles.gradient,
-            )
-            query_gradient(dq_pairs, lists, dq_compressed, near[0], dq, heads=some)
-            key_gradients(
-                d_block,
-                lists,
-                layout,
-                (d_pooled_k, d_pooled_v),
-                pooling,
-                (near[1].contiguous(), near[2].contiguous()),
-                (dk, dv),
-                heads=some,
-                block_size=block_size,
-                add_pooled=ctx.given is None,
-            )
-        d_pooling: tuple[Tensor | None, Tensor | None] = (None, None)
-        if pooling is not None:
-            d_pooling = (
-                pool_weight_gradient(k, d_pooled_k, layout, block_size).to(pooling[0].dtype),
-                pool_weight_gradient(v, d_pooled_v, layout, block_size).to(pooling[1].dtype),
-            )
-        d_given: tuple[Tensor | None, Tensor | None] = (None, None)
+        d_given: list[Tensor | None] = [None, None]
         if ctx.given is not None:
-            d_given = (
-                call.places.of_rows(d_pooled_k, ctx.given).to(q.dtype),
-                call.places.of_rows(d_pooled_v, ctx.given).to(q.dtype),
-            )
+            d_given = [places.of_rows(x, ctx.given).to(q.dtype) for x in d_pooled]
+        d_pooling: list[Tensor | None] = [None, None]
+        if pooling is not None:
+            d_pooling = [
+                pool_weight_gradient(x, d, layout, block_size).to(weights.dtype)
+                for x, d, weights in zip((k, v), d_pooled, pooling, strict=True)
+            ]
         return dq, dk, dv, d_gates, *d_given, *d_pooling, None

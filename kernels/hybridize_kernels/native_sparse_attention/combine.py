@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -71,37 +73,38 @@ def query_gradient(
 
 
 def key_gradients(
-    d_block: Tensor,
+    d_items: Tensor,
     lists: Lists,
     layout: Layout,
-    pooled: tuple[Tensor, Tensor],
+    pooled: Sequence[Tensor] | None,
     pooling: tuple[Tensor, Tensor] | None,
     near: tuple[Tensor, Tensor],
     gradients: tuple[Tensor, Tensor],
     *,
     heads: range,
     block_size: int,
-    add_pooled: bool,
 ) -> None:
-    """Writes dk and dv `[B, S, H, D]` of these heads: the sums over a block's pieces of work, the window branch's, and
-    if add_pooled what comes through the pooled keys and values, `pooled` `[num_blocks, H, D]` fp32, by weights pooling
-    `[BS, H, D]` (None: the mean).
+    """Writes dk and dv `[B, S, H, D]` of these heads: the sums over a block's pieces of work, of the window branch's,
+    and of what comes through `pooled`, the gradients of pooled keys and values `[num_blocks, H, D]`, fp32, if they are
+    made of
+    k and v: by weights pooling `[BS, H, D]`, or as the mean.
 
     near: dk and dv of the window branch, contiguous as `gradients`.
     """
     dk = gradients[0]
     _, keys, num_heads, head_size = dk.shape
     padded = power_of_two(head_size)
-    weights = pooled if pooling is None else pooling
+    of_blocks = near if pooled is None else pooled
+    weights = near if pooling is None else pooling
     launch(
         _key_sum_kernel,
         (len(layout.blocks), len(heads)),
-        (d_block, lists.item_begins, layout.blocks, *pooled, *weights, *near, *gradients),
-        (keys, num_heads, heads.start, len(layout.blocks), d_block.shape[1]),
+        (d_items, lists.item_begins, layout.blocks, *of_blocks, *weights, *near, *gradients),
+        (keys, num_heads, heads.start, len(layout.blocks), d_items.shape[1]),
         D=head_size,
         BLOCK_D=padded,
         BS=block_size,
-        POOLED=add_pooled,
+        POOLED=pooled is not None,
         WEIGHTED=pooling is not None,
         num_warps=8,
     )
@@ -203,7 +206,7 @@ def _query_sum_kernel(
     do_not_specialize=["keys", "first_head", "num_blocks", "num_items"]
 )
 def _key_sum_kernel(
-    d_block_ptr,  # [heads of this launch, num_items, 2, BS, D]
+    d_items_ptr,  # [heads of this launch, num_items, 2, BS, D]
     item_begins_ptr,  # [H, num_blocks + 1]
     blocks_ptr,  # [num_blocks, 9]
     pooled_k_ptr,  # [num_blocks, H, D]
@@ -249,7 +252,7 @@ def _key_sum_kernel(
         total = tl.load(near_ptr + row, mask=inside, other=0.0).to(tl.float32)
         for item in range(begin, end):
             part = ((of_launch * num_items + item) * 2 + of_value) * BS + key
-            total += tl.load(d_block_ptr + part[:, None] * D + features[None, :], mask=inside, other=0.0)
+            total += tl.load(d_items_ptr + part[:, None] * D + features[None, :], mask=inside, other=0.0)
         if POOLED:
             of_block = (block.to(tl.int64) * heads + head) * D + features
             complete = (features < D) & (num_keys == BS)

@@ -30,7 +30,7 @@ def pair_gradients(
     lists: Lists,
     layout: Layout,
     dq: Tensor,
-    d_block: Tensor,
+    d_items: Tensor,
     *,
     heads: range,
     block_size: int,
@@ -38,7 +38,7 @@ def pair_gradients(
     entries_per_item: int,
     tile: Tile,
 ) -> None:
-    """Writes dq `[len(heads), most_pairs, G, D]`, of each pair, and d_block `[len(heads), most_items, 2, BS, D]`, fp32:
+    """Writes dq `[len(heads), most_pairs, G, D]`, of each pair, and d_items `[len(heads), most_items, 2, BS, D]`, fp32:
     dk and dv of each piece of work.
 
     q, d_output (of the branch) `[B, T, HQ, D]`, rows (log-sum-exp in base 2, and ⟨do, o⟩) `[B, T, HQ, 2]`: contiguous.
@@ -60,7 +60,7 @@ def pair_gradients(
             lists.item_begins,
             layout.blocks,
             dq,
-            d_block,
+            d_items,
         ),
         (
             *k.stride()[:3],
@@ -97,7 +97,7 @@ def _pair_gradient_kernel(
     item_begins_ptr,  # [H, num_blocks + 1]
     blocks_ptr,  # [num_blocks, 9]
     dq_ptr,  # [heads of this launch, most_pairs, G, D], written
-    d_block_ptr,  # [heads of this launch, num_items, 2, BS, D], written
+    d_items_ptr,  # [heads of this launch, num_items, 2, BS, D], written
     k_stride_b,
     k_stride_t,
     k_stride_h,
@@ -172,7 +172,7 @@ def _pair_gradient_kernel(
             dq.to(dq_ptr.dtype.element_ty),
             mask=valid[None, :] & (features < D)[:, None],
         )
-    at = d_block_ptr + ((of_launch * num_items + item) * 2 * BS + keys)[:, None] * D + features[None, :]
+    at = d_items_ptr + ((of_launch * num_items + item) * 2 * BS + keys)[:, None] * D + features[None, :]
     inside = tl.broadcast_to((features < D)[None, :], [BS, BLOCK_D])
     tl.store(at, dk, mask=inside)
     tl.store(at + BS * D, dv, mask=inside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,10 +46,10 @@ class Places(NamedTuple):
 
     def sorted(self, x: Tensor) -> Tensor:
         """x `[B, T, ...]` in the kernels' order."""
-        return x if self.order is None else _take(x, self.order)
+        return x if self.order is None else take(x, self.order)
 
     def unsorted(self, x: Tensor) -> Tensor:
-        return x if self.back is None else _take(x, self.back)
+        return x if self.back is None else take(x, self.back)
 
     def positions(self) -> Tensor:
         """`[B, T]` or one row of it; −1 for padding."""
@@ -64,27 +64,27 @@ class Places(NamedTuple):
 
     def attend_near(self, q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float) -> Tensor:
         """Attention of each query to the last `window` tokens up to itself."""
+        index, order = self.near(q, k, window)
+        if index is not None:
+            k, v = take(k, index.clamp(min=0)), take(v, index.clamp(min=0))
+        output: Tensor = retained_attention(q, k, v, window=window, scale=scale, **order)
+        return output
+
+    def near(self, q: Tensor, k: Tensor, window: int) -> tuple[Tensor | None, dict[str, Any]]:
+        """The tokens `[B, n]` of the keys that lie in some query's window (−1: none; None: all of k), and where the
+        keys that are left lie, in the terms of `retained_attention`."""
         if self.cu_seqlens is not None:
-            return retained_attention(q, k, v, window=window, scale=scale, cu_seqlens=self.cu_seqlens)
+            return None, {"cu_seqlens": self.cu_seqlens}
         positions = self.query_positions
         if positions is None:
-            return retained_attention(q, k, v, window=window, scale=scale)
-        key_positions = positions
+            return None, {}
+        index = None
         if self.key_lengths is not None:
             width = min(k.shape[1], window - 1 + q.shape[1])
-            last = self.key_lengths.long()[:, None] - width + torch.arange(width, device=q.device)
-            k, v = (_take(x, last.clamp(min=0)) for x in (k, v))
-            key_positions = last.clamp(min=-1)
-        return retained_attention(
-            q,
-            k,
-            v,
-            window=window,
-            scale=scale,
-            query_positions=positions,
-            key_positions=key_positions,
-            ordered_from=0,
-        )
+            index = self.key_lengths.long()[:, None] - width + torch.arange(width, device=q.device)
+            index = index.clamp(min=-1)
+        key_positions = positions if index is None else index
+        return index, {"query_positions": positions, "key_positions": key_positions, "ordered_from": 0}
 
     def of_blocks(self, x: Tensor) -> Tensor:
         """Given pooled keys or values `[B, blocks, H, D]` as the tables count blocks: `[num_blocks, H, D]`."""
@@ -129,6 +129,6 @@ def places_of(
     return Places(layout, order, order.argsort(dim=1), query_positions, key_lengths, sizes=sizes, row_blocks=row_blocks)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take(x: Tensor, index: Tensor) -> Tensor:
     """x `[B, T, ...]` at index `[B, T]`."""
     return x.gather(1, index.view(*index.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))

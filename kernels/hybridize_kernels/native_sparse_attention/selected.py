@@ -18,7 +18,7 @@ from .layout import TILE, Layout
 from .lists import Lists, lists_by_block
 from .pairs import attend_pairs
 from .rows import TILE_FIELDS, lanes_of, load_rows, part_of_tile, store_rows
-from .tiles import LOG2_E, Tiles, constants_of, num_parts
+from .tiles import LOG2_E, constants_of, num_parts, tiles_of
 from .unions import Unions, unions_of
 
 PAIR_BYTES = 2**30
@@ -56,7 +56,6 @@ def attend_selected(
     block_size: int,
     num_selected_blocks: int,
     scale: float,
-    tiles: Tiles,
     padded: bool,
     keep: bool,
 ) -> Selected:
@@ -68,6 +67,7 @@ def attend_selected(
     (batch, time, query_heads, head_size), heads = q.shape, k.shape[2]
     group = query_heads // heads
     options: dict[str, Any] = {"block_size": block_size, "scale": scale}
+    tiles = tiles_of(q, heads, block_size)
     constants = constants_of(q, heads, block_size, tiles.union)
     unions = unions_of(words, layout, block_size=block_size, queries=TILE // num_parts(constants), limit=tiles.limit)
     mixed = torch.empty_like(q)

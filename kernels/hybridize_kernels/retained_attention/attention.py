@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .backward import attend_backward
 from .forward import attend
 from .layout import Geometry, Vectors, document_vectors, padding_vectors
-from .lists import retained_lists
+from .lists import RetainedLists, retained_lists
 from .plan import Plan, PlanKey, plan_of, tiles_override
 
 
@@ -32,24 +32,22 @@ def retained_attention(
     return_log_sum_exp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `hybridize_kernels.retained_attention`."""
-    order = None
-    if key_positions is not None and cu_seqlens is None and ordered_from is None:
-        # Padding may lie anywhere: the real tokens of a row go to its right end.
-        order = (key_positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
-        query_positions = key_positions = key_positions.gather(1, order)
-    prefix = ordered_from or 0
-    vectors = Vectors()
-    if cu_seqlens is not None:
-        vectors = document_vectors(cu_seqlens, k.shape[1])
-    elif key_positions is not None and query_positions is not None:
-        vectors = padding_vectors(query_positions, key_positions, prefix)
-    slots = key_positions if ordered_from is not None else None
-    call = _Call(window, sinks, budget, None if scale is None else float(scale), prefix, vectors, order, slots)
+    call = call_of(
+        k,
+        window=window,
+        sinks=sinks,
+        budget=budget,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        scale=scale,
+        ordered_from=ordered_from,
+        cu_seqlens=cu_seqlens,
+    )
     output, log_sum_exp = _RetainedAttention.apply(q, k, v, retention_score, call)
     return (output, log_sum_exp) if return_log_sum_exp else output
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What autograd does not see; slots: the positions of keys of which some come from a cache."""
 
     window: int
@@ -62,23 +60,91 @@ class _Call(NamedTuple):
     slots: Tensor | None
 
 
+def call_of(
+    k: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    budget: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    ordered_from: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Call:
+    """The arguments in the kernels' terms."""
+    order = None
+    if key_positions is not None and cu_seqlens is None and ordered_from is None:
+        # Padding may lie anywhere: the real tokens of a row go to its right end.
+        order = (key_positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
+        query_positions = key_positions = key_positions.gather(1, order)
+    prefix = ordered_from or 0
+    vectors = Vectors()
+    if cu_seqlens is not None:
+        vectors = document_vectors(cu_seqlens, k.shape[1])
+    elif key_positions is not None and query_positions is not None:
+        vectors = padding_vectors(query_positions, key_positions, prefix)
+    slots = key_positions if ordered_from is not None else None
+    return Call(window, sinks, budget, None if scale is None else float(scale), prefix, vectors, order, slots)
+
+
+class Attended(NamedTuple):
+    """A forward pass, as its backward pass needs it: tensors in the kernels' order, and how they were made."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    output: Tensor
+    log_sum_exp: Tensor
+    work: Work
+
+
+class Work(NamedTuple):
+    """What is known of a forward pass beside its tensors."""
+
+    call: Call
+    plan: Plan
+    lists: RetainedLists | None
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, call: Call) -> Attended:
+    """The forward pass by itself; autograd does not see it."""
+    q, k, v = _ready(q, call.order), _ready(k, call.order), _ready(v, call.order)
+    ranked = score if score is None or call.order is None else _take(score, call.order)
+    sinks = call.sinks
+    if call.slots is not None and (sinks or (call.prefix and score is not None)):
+        # Neither a slot's emptiness nor a sink can be told from its column.
+        ranked, sinks = _score_of_prefix(score, call.slots, sinks, k.shape[2]), 0
+    plan = _plan(q, k, v, ranked, sinks, call)
+    lists = None if plan.lists is None else retained_lists(plan.lists, ranked, call.vectors, q.device)
+    output, log_sum_exp = attend(plan.forward, q, k, v, lists, call.vectors)
+    return Attended(q, k, v, output, log_sum_exp, Work(call, plan, lists))
+
+
+def gradients_of(
+    attended: Attended, score: Tensor | None, d_output: Tensor, d_log_sum_exp: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and that of the score, if one is given, all in the kernels' order, as what is given."""
+    q, k, v, output, log_sum_exp, (call, plan, lists) = attended
+    backward = plan.backward(
+        d_output.stride()[:3],
+        None if score is None else score.stride(),
+        None if score is None else score.dtype,
+        d_log_sum_exp is not None,
+    )
+    return attend_backward(backward, q, k, v, score, output, log_sum_exp, d_output, d_log_sum_exp, lists, call.vectors)
+
+
 class _RetainedAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, call: _Call
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        q, k, v = _ready(q, call.order), _ready(k, call.order), _ready(v, call.order)
-        ranked = score if score is None or call.order is None else _take(score, call.order)
-        sinks = call.sinks
-        if call.slots is not None and (sinks or (call.prefix and score is not None)):
-            # Neither a slot's emptiness nor a sink can be told from its column.
-            ranked, sinks = _score_of_prefix(score, call.slots, sinks, k.shape[2]), 0
-        plan = _plan(q, k, v, ranked, sinks, call)
-        lists = None if plan.lists is None else retained_lists(plan.lists, ranked, call.vectors, q.device)
-        output, log_sum_exp = attend(plan.forward, q, k, v, lists, call.vectors)
-        ctx.save_for_backward(q, k, v, output, log_sum_exp, score)
-        ctx.call, ctx.plan, ctx.lists = call, plan, lists
+        attended = attend_once(q, k, v, score, call)
+        ctx.save_for_backward(*attended[:5], score)
+        ctx.work = attended.work
+        output, log_sum_exp = attended.output, attended.log_sum_exp
         if call.order is not None:
             back = call.order.argsort(dim=1)
             output, log_sum_exp = _take(output, back), _take(log_sum_exp, back)
@@ -89,32 +155,24 @@ class _RetainedAttention(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, d_output: Tensor | None, d_log_sum_exp: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, output, log_sum_exp, score = ctx.saved_tensors
-        call: _Call = ctx.call
-        d_output = torch.zeros_like(output) if d_output is None else _ready(d_output, call.order)
+        *tensors, score = ctx.saved_tensors
+        attended, order = Attended(*tensors, ctx.work), ctx.work.call.order
+        d_output = torch.zeros_like(attended.output) if d_output is None else _ready(d_output, order)
         if d_log_sum_exp is not None:
-            d_log_sum_exp = _ready(d_log_sum_exp, call.order).contiguous()
+            d_log_sum_exp = _ready(d_log_sum_exp, order).contiguous()
         if score is not None:
             if not ctx.needs_input_grad[3]:
                 score = None
-            elif call.order is not None:
-                score = _take(score, call.order)
-        plan = ctx.plan.backward(
-            d_output.stride()[:3],
-            None if score is None else score.stride(),
-            None if score is None else score.dtype,
-            d_log_sum_exp is not None,
-        )
-        gradients: tuple[Tensor | None, ...] = attend_backward(
-            plan, q, k, v, score, output, log_sum_exp, d_output, d_log_sum_exp, ctx.lists, call.vectors
-        )
-        if call.order is not None:
-            back = call.order.argsort(dim=1)
+            elif order is not None:
+                score = _take(score, order)
+        gradients: tuple[Tensor | None, ...] = gradients_of(attended, score, d_output, d_log_sum_exp)
+        if order is not None:
+            back = order.argsort(dim=1)
             gradients = tuple(None if x is None else _take(x, back) for x in gradients)
         return *gradients, None
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, sinks: int, call: _Call) -> Plan:
+def _plan(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, sinks: int, call: Call) -> Plan:
     (batch, time, query_heads, head_size), (keys, heads) = q.shape, k.shape[1:3]
     geometry = Geometry(
         batch=batch,
