@@ -155,8 +155,8 @@ class _RetainedAttention(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, d_output: Tensor | None, d_log_sum_exp: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, score = ctx.saved_tensors
-        attended, order = Attended(*tensors, ctx.work), ctx.work.call.order
+        q, k, v, output, log_sum_exp, score = ctx.saved_tensors
+        attended, order = Attended(q, k, v, output, log_sum_exp, ctx.work), ctx.work.call.order
         d_output = torch.zeros_like(attended.output) if d_output is None else _ready(d_output, order)
         if d_log_sum_exp is not None:
             d_log_sum_exp = _ready(d_log_sum_exp, order).contiguous()
