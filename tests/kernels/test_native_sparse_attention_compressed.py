@@ -145,8 +145,11 @@ def expected_attention(
     return outputs, lses, scores
 
 
-def assert_kernels_agree(case: Case, device: str) -> None:
-    """Output, log-sum-exp, scores and gradients against the loop above on the same numbers in fp64."""
+def assert_kernels_agree(case: Case, device: str, *, repeats: bool = True) -> None:
+    """Output, log-sum-exp, scores and gradients against the loop above on the same numbers in fp64.
+
+    With `repeats` the gradients twice, with equal bits.
+    """
     layout = case.layout(device)
     q, x, y, d_output, gate = random_of(case, device, "q", "x", "x", "q", "gate")
     if case.gate is not None:
@@ -174,8 +177,9 @@ def assert_kernels_agree(case: Case, device: str) -> None:
     gradients = gradient.attend_blocks_backward(*arguments, padded=case.ragged)
     for name, actual, wanted in zip(("dq", "dkc", "dvc"), gradients, expected_gradients, strict=True):
         assert_close(name, actual.cpu(), wanted, GRADIENT[case.dtype])
-    again = gradient.attend_blocks_backward(*arguments, padded=case.ragged)
-    assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
+    if repeats:
+        again = gradient.attend_blocks_backward(*arguments, padded=case.ragged)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
 
 
 def assert_scores_agree(
@@ -211,32 +215,34 @@ CASES = {
     "several tiles": Case(70, batch=1),
     "many blocks": Case(290, heads=1, group=1, batch=1),
     "no group": Case(40, group=1),
-    "group of three": Case(37, group=3, size=24),
+    "group of three": Case(37, group=3, size=24, batch=1),
     "group of four": Case(37, group=4, heads=1, size=24),
     "large blocks": Case(150, block=64, batch=1, heads=1),
-    "earlier context": Case(21, earlier=60, group=4),
+    "earlier context": Case(21, earlier=60, group=4, batch=1),
     "one token after a context": Case(1, earlier=79, group=3),
     "a context of many blocks": Case(20, earlier=290, heads=1, batch=1),
     "padded": Case(41, padding=(0, 5, 41, 25), group=3, heads=1),
     "cached": Case(20, cached=(70, 20, 3, 48), group=3, heads=1),
     "cached, one token": Case(1, cached=(70, 16, 1, 0)),
-    "packed": Case(115, packed=(37, 3, 0, 16, 7, 33, 0, 19), group=3),
+    "packed": Case(98, packed=(37, 3, 0, 16, 7, 33, 0, 2), group=3, heads=1),
     "packed, all short": Case(40, packed=(3, 15, 1, 0, 14, 7)),
     "packed, one document": Case(40, packed=(40,), group=1),
     "gates of zero": Case(40, gate=0.0, heads=1),
     "halves": Case(40, group=3, heads=1, dtype=torch.float16),
     "halves, packed": Case(60, packed=(37, 3, 20), heads=1, dtype=torch.float16),
 }
+REPEATED = {"several tiles", "many blocks", "packed, one document"}
+"""In the interpreter, which runs one program after the other; compiled kernels all run twice."""
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("small")
-def test_kernels_equal_the_loop(case: Case, kernel_device: str) -> None:
-    assert_kernels_agree(case, kernel_device)
+def test_kernels_equal_the_loop(name: str, kernel_device: str) -> None:
+    assert_kernels_agree(CASES[name], kernel_device, repeats=name in REPEATED or kernel_device != "cpu")
 
 
 def test_default_tiles_run_in_the_interpreter(kernel_device: str) -> None:
-    assert_kernels_agree(Case(70, group=4, heads=1, batch=1), kernel_device)
+    assert_kernels_agree(Case(70, group=4, heads=1, batch=1), kernel_device, repeats=kernel_device != "cpu")
 
 
 POOLED = {
@@ -308,8 +314,6 @@ LARGE = {
         ("bfloat16", 64, 1),
         ("bfloat16", 64, 32),
         ("bfloat16", 80, 7),
-        ("bfloat16", 128, 1),
-        ("bfloat16", 128, 3),
         ("bfloat16", 128, 4),
         ("bfloat16", 128, 16),
         ("bfloat16", 128, 64),

@@ -13,7 +13,7 @@ from torch import Tensor
 from .layout import TILE, power_of_two
 
 VARIABLE = "HYBRIDIZE_NATIVE_SPARSE_ATTENTION_TILES"
-"""Overrides the table: `compressed=64,32,4,3;union=64,0,4,3;limit=44;...`, in the order of `Tile`'s fields."""
+"""Overrides the table: `compressed=64,32,4,3;union=64,0,4,3;limit=44;entries=512`, in the order of `Tile`'s fields."""
 
 LOG2_E = 1.4426950408889634
 
@@ -64,7 +64,7 @@ class Tiles:
     pairs: Tile
     gradient: Tile
     limit: int = 44
-    entries: int = 1024
+    entries: int = 512
 
 
 _COMPRESSED_HALF = {
@@ -82,7 +82,7 @@ _COMPRESSED_FLOAT = {
 """For fp32, whose products run outside the matrix units."""
 
 _SELECTED_HALF = {
-    64: (Tile(64, 0, 4, 3), Tile(64, 0, 4, 3), Tile(64, 0, 4, 3)),
+    64: (Tile(64, 0, 4, 3), Tile(64, 0, 4, 3), Tile(64, 0, 4, 4)),
     128: (Tile(64, 0, 4, 3), Tile(64, 0, 4, 3), Tile(64, 0, 4, 3)),
     256: (Tile(64, 0, 8, 2), Tile(64, 0, 8, 2), Tile(32, 0, 8, 2)),
 }
