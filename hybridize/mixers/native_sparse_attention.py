@@ -102,6 +102,10 @@ class NativeSparseAttention(Mixer):
         return self._append(q, k, v, gates, state, positions), {}
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> PositionState:
+        if torch.is_autocast_enabled(
+            device.type
+        ):  # norms of queries and keys are in fp32 then, what is attended to is not
+            dtype = torch.get_autocast_dtype(device.type)
         geometry, like = self.geometry, torch.empty(0, device=device, dtype=dtype)
         return PositionState(batch, geometry.num_key_heads, geometry.head_size, self.config.block_tokens, like)
 

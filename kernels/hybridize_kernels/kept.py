@@ -41,7 +41,7 @@ def tables_of_bounds(make: Callable[..., Tables], bounds: Tensor, device: torch.
     known: dict[tuple[Any, ...], Tables] = _known.setdefault(bounds, {})
     key = (make, bounds._version, device, *sizes, current_stream(device))
     if key not in known:
-        for old in [other for other in known if other[0] is make]:
+        for old in [other for other in known if other[1] != bounds._version]:
             del known[old]
         known[key] = make(bounds, device, *sizes)
     return known[key]

@@ -226,6 +226,7 @@ def test_reference_gradient_equals_finite_differences():
         ({"block_size": 0}, "block_size is 0"),
         ({"num_selected_blocks": 0}, "num_selected_blocks is 0"),
         ({"window": 0}, "window is 0"),
+        ({"scale": 0.0}, "scale is 0.0, expected a positive factor"),
         ({"key_positions": torch.zeros(2, 5, dtype=torch.int64)}, "key_positions has shape"),
         ({"compressed_k": torch.zeros(2, 1, 2, 8)}, "belong together"),
         ({"compressed_k": torch.zeros(2, 2, 2, 8), "compressed_v": torch.zeros(2, 1, 2, 8)}, "compressed_v has shape"),

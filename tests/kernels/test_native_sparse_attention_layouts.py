@@ -136,3 +136,26 @@ def test_gradients_of_the_compression_equal_finite_differences(compression):
     inputs, options = case.arguments()
     with use_implementation("eager"):
         assert torch.autograd.gradcheck(op_of(case, options), [x.requires_grad_() for x in inputs])
+
+
+def test_inference_with_learned_weights(kernel_device):
+    """A parameter asks for a gradient also where nobody records one."""
+    (*inputs, key_pooling, value_pooling), options = Case(40, compression="learned").arguments()
+    weights = {"key_pooling": key_pooling, "value_pooling": value_pooling}
+    with torch.inference_mode(), use_implementation("triton"):
+        wanted = native_sparse_attention(*inputs, **weights, **options)
+        weights = {name: torch.nn.Parameter(x) for name, x in weights.items()}
+        found = native_sparse_attention(*inputs, **weights, **options)
+    assert torch.equal(found, wanted)
+
+
+def test_gradient_of_the_gates_alone(kernel_device):
+    inputs, options = Case(40).arguments()
+    found = []
+    for asked in (range(4), [3]):
+        leaves = [x.detach().requires_grad_(n in asked) for n, x in enumerate(inputs)]
+        with use_implementation("triton"):
+            native_sparse_attention(*leaves, **options).square().sum().backward()
+        assert [x.grad is not None for x in leaves] == [n in asked for n in range(4)]
+        found.append(leaves[3].grad)
+    assert torch.equal(*found)

@@ -33,34 +33,33 @@ CASES = {
     "a block": Case(16, group=1, batch=1),
     "a block and one": Case(17, heads=1, group=4, batch=1),
     "nothing chosen but what always is": Case(63, heads=1, selected=1, batch=1),
-    "group of three": Case(80, heads=1, group=3, size=24, batch=1),
-    "group of four": Case(105, heads=1, group=4, selected=5, batch=1),
+    "group of four": Case(100, heads=1, group=4, selected=5, batch=1),
     "window of one": Case(50, heads=1, window=1, batch=1),
     "window beyond the text": Case(50, heads=1, window=100, batch=1),
-    "earlier context": Case(30, heads=1, group=3, past=77),
+    "earlier context": Case(30, heads=1, group=3, size=24, past=77, batch=1),
     "padded at the left": Case(35, group=3, heads=1, layout="padded left", batch=3),
     "keys by position": Case(17, heads=1, past=90, layout="lengths left", batch=3, compression="kept"),
     "keys by position, padded anywhere": Case(35, heads=1, group=1, past=50, layout="lengths middle"),
     "keys by position, no earlier ones": Case(33, heads=1, layout="lengths left"),
-    "documents": Case(70, heads=1, group=3, layout="documents"),
+    "documents": Case(65, heads=1, group=3, layout="documents"),
     "documents, dense at their beginnings": Case(60, heads=1, layout="documents", dense_below=20),
     "learned compression": Case(75, group=1, compression="learned", batch=1),
     "learned compression, padded": Case(40, heads=1, size=24, layout="padded left", compression="learned"),
     "kept compression": Case(40, heads=1, past=60, compression="kept", batch=1),
     "dense at its beginning": Case(75, heads=1, dense_below=40, batch=1),
-    "dense everywhere": Case(40, heads=1, dense_below=100, layout="padded left"),
+    "dense everywhere": Case(30, heads=1, dense_below=100, layout="padded left"),
     "blocks of 32": Case(135, heads=1, block_size=32, batch=1),
     "halves": Case(80, heads=1, group=3, dtype=torch.float16, batch=1),
     "halves, padded": Case(40, heads=1, layout="padded middle", compression="learned", dtype=torch.float16),
 }
-REPEATED = {"one token", "a block and one", "learned compression, padded"}
+REPEATED = {"one token", "learned compression, padded"}
 
 
 SMALL = {
-    "no group": Case(90, heads=2, group=1, batch=1),
+    "no group": Case(100, heads=2, group=1, selected=5, batch=1),
     "group of three": Case(100, heads=1, group=3, selected=5, batch=1),
     "earlier context of whole tiles": Case(17, heads=1, group=4, past=96, selected=5, batch=1),
-    "padded anywhere": Case(90, heads=1, group=1, layout="padded middle"),
+    "padded anywhere": Case(110, heads=1, group=1, layout="padded middle"),
     "keys by position": Case(17, heads=1, past=90, layout="lengths left", batch=3, selected=5, compression="kept"),
     "documents": Case(135, heads=1, group=1, layout="documents", selected=5, compression="learned"),
 }
@@ -113,7 +112,7 @@ def test_any_call_equals_the_reference_property(layout: str, case: Case, past: i
 
 @pytest.mark.parametrize("layout", ["plain", "documents"])
 def test_every_block_selected_is_dense_attention(layout: str) -> None:
-    case = Case(85, group=3, heads=1, selected=6, layout=layout, batch=1)
+    case = Case(70, group=3, heads=1, selected=5, layout=layout, batch=1)
     inputs, options = case.arguments()
     inputs[3] = torch.tensor([0.0, 1.0, 0.0], device=DEVICE).expand(inputs[3].shape)
     outputs, gradients = outputs_and_gradients("triton", op_of(case, options), inputs)
@@ -145,7 +144,7 @@ def test_ties_choose_the_lower_block(group: int) -> None:
     assert chosen[159] == [0, 1, 2, 8, 9]
 
 
-@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("group", [1, 3])
 def test_scores_of_blocks_are_probabilities_summed_over_the_group(group: int) -> None:
     compressed = import_module(f"{PACKAGE}.compressed")
     pooling, layout = import_module(f"{PACKAGE}.pooling"), import_module(f"{PACKAGE}.layout")

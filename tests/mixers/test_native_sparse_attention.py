@@ -247,8 +247,16 @@ def test_the_plan_counts_the_new_parameters_rightly(config: NativeSparseAttentio
 
 def test_warns_where_nothing_is_left_out() -> None:
     geometry = OneLayer(SMALL).geometry
-    assert len(SMALL.warnings(geometry, 12)) == 1
-    assert SMALL.warnings(geometry, 13) == []
+    config = dataclasses.replace(SMALL, block_tokens=16)
+    assert len(config.warnings(geometry, 48)) == 1
+    assert config.warnings(geometry, 49) == []
+
+
+@pytest.mark.parametrize(("block_tokens", "head_size"), [(48, 64), (4, 64), (256, 64), (128, 256)])
+def test_warns_of_blocks_that_no_kernel_takes(block_tokens: int, head_size: int) -> None:
+    geometry = dataclasses.replace(OneLayer(SMALL).geometry, head_size=head_size)
+    (warning,) = dataclasses.replace(SMALL, block_tokens=block_tokens).warnings(geometry, 10**6)
+    assert f"with {block_tokens}, training and prefill cost as much as full attention" in warning
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Literal
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.configs.base import MixerConfig
 
+_LARGEST_HEAD_OF_128 = 128
+"""Numbers of a head up to which a block may have 128 tokens in the kernels."""
 _ALWAYS_SELECTED = 3
 """The first, the previous and the current block."""
 _LENGTH_BYTES = 4
@@ -64,13 +66,21 @@ class NativeSparseAttentionConfig(MixerConfig):
         self.require(self.compression in choices, "compression", problem)
 
     def warnings(self, geometry: AttentionGeometry, context: int) -> list[str]:
+        found = []
         covered = self.selected_blocks * self.block_tokens
         if context <= covered:
-            return [
+            found.append(
                 f"{self.name}: {context} tokens fit into the {covered} tokens of the selected blocks, so nothing is "
                 "left out and nothing is saved at this length."
-            ]
-        return []
+            )
+        largest = 64 if geometry.head_size > _LARGEST_HEAD_OF_128 else 128
+        if self.block_tokens not in (16, 32, 64, 128) or self.block_tokens > largest:
+            found.append(
+                f"{self.name}: the kernels take block_tokens of 16, 32, 64 or 128 (64 at most for heads above "
+                f"{_LARGEST_HEAD_OF_128}); with {self.block_tokens}, training and prefill cost as much as full "
+                "attention or more."
+            )
+        return found
 
     def capacity(self, tokens: int) -> int:
         """Slots for tokens in a state that holds so many: whole blocks, in steps that grow with the text, so that a

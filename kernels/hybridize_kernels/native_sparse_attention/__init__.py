@@ -52,7 +52,8 @@ def native_sparse_attention(
     Eager masks all keys of every query. The Triton kernels cost what is seen: a query up to num_selected_blocks ·
     block_size + window tokens, and T / block_size compressed blocks, once for their branch and once for the choice.
     They run on CUDA where the order of the keys is known (each form of positions below but that of two different
-    tensors), with blocks of 16, 32, 64 or 128 tokens and value heads as large as key heads.
+    tensors), with blocks of 16, 32, 64 or 128 tokens (of 128, heads up to 128), up to 64 query heads a key head, value
+    heads as large as key heads, up to 256, and all of q, k, v and what is compressed in one dtype.
 
     Args:
         q: `[B, T, HQ, D]`. k, v: `[B, S, H, D]`; H divides HQ; rotary positions already applied.
@@ -66,9 +67,10 @@ def native_sparse_attention(
         key_lengths: `[B]` int32 or int64, with query_positions and instead of key_positions: keys lie by position, slot
             j of row b holds position j, and slots from key_lengths[b] on are empty, whatever finite numbers they hold.
             It promises that the real queries of a row are the last of its keys, in order.
-        cu_seqlens: `[N + 1]` int32 with B = 1 and S = T: bounds, from 0 to T, of documents packed side by side, which
-            do not see each other. Positions and blocks count in each document and are not given.
-        scale: factor on the scores; D**-0.5 unless given.
+        cu_seqlens: `[N + 1]` int32 with B = 1 and S = T: bounds, the first 0 and the last T, of documents packed side
+            by
+            side, which do not see each other. Positions and blocks count in each document and are not given.
+        scale: positive factor on the scores; D**-0.5 unless given.
         compressed_k, compressed_v: `[B, blocks, H, D]`, at least S // block_size blocks, as a cache keeps them (finite
             numbers where a block is not complete); pooled from k and v unless given. Differentiable.
         key_pooling, value_pooling: `[block_size, H, D]`, both or none: the compressed key of a block is Σ_i w_i ∘ k_i
@@ -88,6 +90,8 @@ def native_sparse_attention(
     for name, count in (("block_size", block_size), ("num_selected_blocks", num_selected_blocks), ("window", window)):
         if count < 1:
             raise ValueError(f"{op}: {name} is {count}, expected at least 1")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{op}: scale is {scale}, expected a positive factor")
     _check_heads(op, q, k, v, gates)
     _check_positions(op, q, k, query_positions, key_positions, key_lengths, cu_seqlens)
     _check_compression(op, k, v, block_size, (compressed_k, compressed_v), (key_pooling, value_pooling))

@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch import needs_grad
 from ..retained_attention.attention import Attended
 from .combine import gate_gradients
 from .compressed import attend_blocks
 from .compressed_gradient import attend_blocks_backward
-from .near import Near, attend_near, near_gradients
 from .places import Places, places_of
 from .pooling import pool, pool_weight_gradient
 from .selected import attend_selected
 from .selected_gradient import Others, selected_gradients
 from .selection import choose_blocks
+from .window import Window, attend_window, window_gradients
+
+GATES = 3
+"""Place of the gates among the tensors of the function."""
 
 
 def native_sparse_attention(
@@ -46,28 +50,29 @@ def native_sparse_attention(
     q, gates = places.sorted(q), places.sorted(gates)
     if key_lengths is None:
         k, v = places.sorted(k), places.sorted(v)
-    call = _Call(block_size, num_selected_blocks, window, scale, places)
+    keep = needs_grad(q, k, v, gates, compressed_k, compressed_v, key_pooling, value_pooling)
+    call = _Call(block_size, num_selected_blocks, window, scale, places, keep)
     output: Tensor = _NativeSparseAttention.apply(
         q, k, v, gates, compressed_k, compressed_v, key_pooling, value_pooling, call
     )
     if dense_below > 0:
-        dense = places.attend_near(q, k, v, window=dense_below, scale=scale)
-        output = torch.where((places.positions() < dense_below)[..., None, None], dense, output)
+        output = places.with_dense(output, q, k, v, below=dense_below, scale=scale)
     return places.unsorted(output)
 
 
 class _Call(NamedTuple):
-    """What autograd does not see."""
+    """What autograd does not see; keep: whether there will be a backward pass."""
 
     block_size: int
     num_selected_blocks: int
     window: int
     scale: float
     places: Places
+    keep: bool
 
 
 class _Saved(NamedTuple):
-    """The tensors of a forward pass that its backward pass reads; near_*: of the window branch."""
+    """The tensors of a forward pass that its backward pass reads; window, window_*: of the window branch."""
 
     q: Tensor
     k: Tensor
@@ -82,11 +87,11 @@ class _Saved(NamedTuple):
     words: Tensor
     selected: Tensor
     selected_lse: Tensor
-    near_q: Tensor
-    near_k: Tensor
-    near_v: Tensor
-    near: Tensor
-    near_lse: Tensor
+    window_q: Tensor
+    window_k: Tensor
+    window_v: Tensor
+    window: Tensor
+    window_lse: Tensor
 
 
 class _NativeSparseAttention(torch.autograd.Function):
@@ -105,7 +110,7 @@ class _NativeSparseAttention(torch.autograd.Function):
     ) -> Tensor:
         q, gates = q.contiguous(), gates.contiguous()
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        block_size, num_selected_blocks, window, scale, places = call
+        block_size, num_selected_blocks, window, scale, places, keep = call
         layout, padded = places.layout, places.padded
         if compressed_k is None or compressed_v is None:
             pooled_k = pool(k, layout, block_size, key_pooling)
@@ -115,19 +120,19 @@ class _NativeSparseAttention(torch.autograd.Function):
         compressed, compressed_lse = attend_blocks(q, pooled_k, pooled_v, layout, block_size, scale, padded=padded)
         sizes: dict[str, int] = {"block_size": block_size, "num_selected_blocks": num_selected_blocks}
         words = choose_blocks(q, pooled_k, compressed_lse, layout, scale=scale, **sizes)
-        near = attend_near(q, k, v, places, window=window, scale=scale)
+        branch = attend_window(q, k, v, places, window=window, scale=scale)
         selected = attend_selected(
             q,
             k,
             v,
             words,
             compressed,
-            near.attended.output,
+            branch.attended.output,
             gates,
             layout,
             scale=scale,
             padded=padded,
-            keep=any(ctx.needs_input_grad),
+            keep=keep,
             **sizes,
         )
         ctx.save_for_backward(
@@ -145,10 +150,10 @@ class _NativeSparseAttention(torch.autograd.Function):
                 words,
                 selected.output,
                 selected.log_sum_exp,
-                *near.attended[:5],
+                *branch.attended[:5],
             )
         )
-        ctx.call, ctx.near = call, (near.attended.work, near.tokens)
+        ctx.call, ctx.window = call, (branch.attended.work, branch.tokens)
         ctx.given = None if compressed_k is None else compressed_k.shape
         return selected.mixed
 
@@ -157,13 +162,17 @@ class _NativeSparseAttention(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = _Saved(*ctx.saved_tensors)
         q, k, v, gates = saved[:4]
-        block_size, num_selected_blocks, _, scale, places = ctx.call
+        block_size, num_selected_blocks, _, scale, places, _ = ctx.call
         layout, padded = places.layout, places.padded
         d_output = d_output.contiguous()
-        outputs = (saved.compressed, saved.selected, saved.near)
-        d_gates, delta, rows, d_selected, d_near = gate_gradients(d_output, outputs, gates, saved.selected_lse)
-        work, tokens = ctx.near
-        dq_near, dk_near, dv_near = near_gradients(Near(Attended(*saved[-5:], work), tokens), d_near, k.shape[1])
+        outputs = (saved.compressed, saved.selected, saved.window)
+        d_gates, delta, rows, d_selected, d_window = gate_gradients(d_output, outputs, gates, saved.selected_lse)
+        if not any(needed for n, needed in enumerate(ctx.needs_input_grad) if n != GATES):
+            return *[None] * GATES, d_gates, None, None, None, None, None
+        work, tokens = ctx.window
+        dq_window, dk_window, dv_window = window_gradients(
+            Window(Attended(*saved[-5:], work), tokens), d_window, k.shape[1]
+        )
         dq_compressed, *d_pooled = attend_blocks_backward(
             q,
             saved.pooled_k,
@@ -187,7 +196,7 @@ class _NativeSparseAttention(torch.autograd.Function):
             d_selected,
             rows,
             saved.words,
-            Others(dq_near, dq_compressed, dk_near, dv_near, None if ctx.given else d_pooled, pooling),
+            Others(dq_window, dq_compressed, dk_window, dv_window, d_pooled if ctx.given is None else None, pooling),
             layout,
             block_size=block_size,
             num_selected_blocks=num_selected_blocks,

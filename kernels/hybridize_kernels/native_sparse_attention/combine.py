@@ -33,25 +33,25 @@ def gate_gradients(
         selected and the window branch's outputs, in the type of do.
     """
     d_gates = torch.empty_like(gates)
-    d_selected, d_near = torch.empty_like(d_output), torch.empty_like(d_output)
+    d_selected, d_window = torch.empty_like(d_output), torch.empty_like(d_output)
     delta, pairs = (d_output.new_empty(d_output.shape[:3] + more, dtype=torch.float32) for more in ((), (2,)))
     rows, head_size = d_output.numel() // d_output.shape[3], d_output.shape[3]
     padded = power_of_two(head_size)
     launch(
         _gate_kernel,
         (triton.cdiv(rows, ROW_ELEMENTS // padded),),
-        (d_output, *outputs, gates, log_sum_exp, d_gates, delta, pairs, d_selected, d_near),
+        (d_output, *outputs, gates, log_sum_exp, d_gates, delta, pairs, d_selected, d_window),
         (rows,),
         D=head_size,
         BLOCK_D=padded,
         ROWS=ROW_ELEMENTS // padded,
         num_warps=4,
     )
-    return d_gates, delta, pairs, d_selected, d_near
+    return d_gates, delta, pairs, d_selected, d_window
 
 
 def query_gradient(
-    dq_pairs: Tensor, lists: Lists, dq_compressed: Tensor, dq_near: Tensor, dq: Tensor, *, heads: range
+    dq_pairs: Tensor, lists: Lists, dq_compressed: Tensor, dq_window: Tensor, dq: Tensor, *, heads: range
 ) -> None:
     """Writes dq `[B, T, HQ, D]` of these heads: the sum over a query's pairs, and of the other two branches."""
     (batch, time, query_heads, head_size), group = dq.shape, dq_pairs.shape[2]
@@ -60,7 +60,7 @@ def query_gradient(
     launch(
         _query_sum_kernel,
         (triton.cdiv(batch * time, queries), len(heads)),
-        (dq_pairs, lists.slots, lists.counts, dq_compressed, dq_near, dq),
+        (dq_pairs, lists.slots, lists.counts, dq_compressed, dq_window, dq),
         (batch * time, heads.start, query_heads, lists.slots.shape[2], dq_pairs.shape[1]),
         G=group,
         GP=members,
@@ -78,7 +78,7 @@ def key_gradients(
     layout: Layout,
     pooled: Sequence[Tensor] | None,
     pooling: tuple[Tensor, Tensor] | None,
-    near: tuple[Tensor, Tensor],
+    window: tuple[Tensor, Tensor],
     gradients: tuple[Tensor, Tensor],
     *,
     heads: range,
@@ -86,20 +86,20 @@ def key_gradients(
 ) -> None:
     """Writes dk and dv `[B, S, H, D]` of these heads: the sums over a block's pieces of work, of the window branch's,
     and of what comes through `pooled`, the gradients of pooled keys and values `[num_blocks, H, D]`, fp32, if they are
-    made of
-    k and v: by weights pooling `[BS, H, D]`, or as the mean.
+    made
+    of k and v: by weights pooling `[BS, H, D]`, or as the mean.
 
-    near: dk and dv of the window branch, contiguous as `gradients`.
+    window: dk and dv of the window branch, contiguous as `gradients`.
     """
     dk = gradients[0]
     _, keys, num_heads, head_size = dk.shape
     padded = power_of_two(head_size)
-    of_blocks = near if pooled is None else pooled
-    weights = near if pooling is None else pooling
+    of_blocks = window if pooled is None else pooled
+    weights = window if pooling is None else pooling
     launch(
         _key_sum_kernel,
         (len(layout.blocks), len(heads)),
-        (d_items, lists.item_begins, layout.blocks, *of_blocks, *weights, *near, *gradients),
+        (d_items, lists.item_begins, layout.blocks, *of_blocks, *weights, *window, *gradients),
         (keys, num_heads, heads.start, len(layout.blocks), d_items.shape[1]),
         D=head_size,
         BLOCK_D=padded,
@@ -115,14 +115,14 @@ def _gate_kernel(
     d_output_ptr,  # [rows, D]
     compressed_ptr,
     selected_ptr,
-    near_ptr,
+    window_ptr,
     gates_ptr,  # [rows, 3]
     lse_ptr,  # [rows]
     d_gates_ptr,  # [rows, 3], written
     delta_ptr,  # [rows], written
     pairs_ptr,  # [rows, 2], written
     d_selected_ptr,  # [rows, D], written
-    d_near_ptr,  # [rows, D], written
+    d_window_ptr,  # [rows, D], written
     rows,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -139,7 +139,7 @@ def _gate_kernel(
         if branch == 1:
             output_ptr = selected_ptr
         if branch == 2:
-            output_ptr = near_ptr
+            output_ptr = window_ptr
         output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
         product = tl.sum(output * d_output, 1)
         gate = tl.load(gates_ptr + row * 3 + branch, mask=is_row, other=0.0).to(tl.float32)
@@ -155,7 +155,7 @@ def _gate_kernel(
                 tl.store(pairs_ptr + row * 2 + 1, tl.sum(output * gated.to(tl.float32), 1), mask=is_row)
                 tl.store(d_selected_ptr + at, gated, mask=inside)
             else:
-                tl.store(d_near_ptr + at, gated, mask=inside)
+                tl.store(d_window_ptr + at, gated, mask=inside)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -166,7 +166,7 @@ def _query_sum_kernel(
     slots_ptr,  # [H, queries, most_slots]
     counts_ptr,  # [H, queries]
     compressed_ptr,  # [queries, HQ, D]
-    near_ptr,
+    window_ptr,
     dq_ptr,  # [queries, HQ, D], written
     queries,
     first_head,
@@ -190,7 +190,7 @@ def _query_sum_kernel(
     inside = valid[:, None] & (features < D)[None, :]
     at = (query * query_heads + head * G + member)[:, None] * D + features[None, :]
     total = tl.load(compressed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(near_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(window_ptr + at, mask=inside, other=0.0).to(tl.float32)
     count = tl.load(counts_ptr + head * queries + query, mask=valid, other=0)
     slots_ptr += (head * queries + query) * most_slots
     for slot in tl.range(0, tl.max(count, 0), num_stages=STAGES):
@@ -213,8 +213,8 @@ def _key_sum_kernel(
     pooled_v_ptr,
     weights_k_ptr,  # [BS, H, D]
     weights_v_ptr,
-    near_k_ptr,  # [B, S, H, D]
-    near_v_ptr,
+    window_k_ptr,  # [B, S, H, D]
+    window_v_ptr,
     dk_ptr,  # [B, S, H, D], written
     dv_ptr,
     keys,
@@ -245,11 +245,11 @@ def _key_sum_kernel(
     begin = tl.load(begins)
     end = tl.load(begins + 1)
     for of_value in tl.static_range(2):
-        near_ptr = near_v_ptr if of_value else near_k_ptr
+        window_ptr = window_v_ptr if of_value else window_k_ptr
         pooled_ptr = pooled_v_ptr if of_value else pooled_k_ptr
         weights_ptr = weights_v_ptr if of_value else weights_k_ptr
         d_ptr = dv_ptr if of_value else dk_ptr
-        total = tl.load(near_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(window_ptr + row, mask=inside, other=0.0).to(tl.float32)
         for item in range(begin, end):
             part = ((of_launch * num_items + item) * 2 + of_value) * BS + key
             total += tl.load(d_items_ptr + part[:, None] * D + features[None, :], mask=inside, other=0.0)

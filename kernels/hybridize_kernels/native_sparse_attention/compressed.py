@@ -13,20 +13,17 @@ from torch import Tensor
 
 from ..launch import launch
 from .layout import TILE, Layout
-from .rows import lanes_of, load_rows, part_of_tile, store_rows
+from .rows import NOTHING_YET, TILE_QUERIES, lanes_of, load_rows, part_of_tile, store_rows
 from .tiles import LOG2_E, constants_of, num_parts, tiles_of
-
-NOTHING_YET = tl.constexpr(-1e30)
-"""A maximum of no logits: finite, so that hidden logits give weights of 0 and not NaN."""
 
 
 def attend_blocks(
-    q: Tensor, kc: Tensor, vc: Tensor, layout: Layout, block_size: int, scale: float, *, padded: bool = True
+    q: Tensor, pooled_k: Tensor, pooled_v: Tensor, layout: Layout, block_size: int, scale: float, *, padded: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over complete blocks.
 
     Args:
-        q: `[B, T, HQ, D]`, features side by side. kc, vc: `[num_blocks, H, D]`, contiguous.
+        q: `[B, T, HQ, D]`, features side by side. pooled_k, pooled_v: `[num_blocks, H, D]`, contiguous.
         padded: False promises that every token of q is a document's, so that nothing needs zeros first.
 
     Returns:
@@ -34,7 +31,7 @@ def attend_blocks(
         log2 Σ_c 2^(logit · log2 e), the log-sum-exp in base 2, +inf there.
     """
     batch, time, query_heads, _ = q.shape
-    heads = kc.shape[1]
+    heads = pooled_k.shape[1]
     output = (torch.zeros if padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, time, query_heads, dtype=torch.float32, device=q.device)
     if padded:
@@ -45,7 +42,7 @@ def attend_blocks(
     launch(
         _forward_kernel,
         (len(layout.tiles) * num_parts(constants) * heads,),
-        (q, kc, vc, layout.tiles, output, lse),
+        (q, pooled_k, pooled_v, layout.tiles, output, lse),
         (*q.stride()[:3], scale * LOG2_E, time, heads),
         **constants,
     )
@@ -54,7 +51,7 @@ def attend_blocks(
 
 def block_scores(
     q: Tensor,
-    kc: Tensor,
+    pooled_k: Tensor,
     lse: Tensor,
     layout: Layout,
     block_size: int,
@@ -69,7 +66,7 @@ def block_scores(
 
     lse: fp32 `[B, T, HQ]`, as `attend_blocks` returns it.
     """
-    heads = kc.shape[1]
+    heads = pooled_k.shape[1]
     scores = torch.empty(heads, num_tiles, TILE, layout.most_blocks, dtype=torch.float32, device=q.device)
     if scores.numel() == 0 or q.numel() == 0:
         return scores
@@ -77,7 +74,7 @@ def block_scores(
     launch(
         _scores_kernel,
         (num_tiles * num_parts(constants) * heads,),
-        (q, kc, lse, layout.tiles, scores),
+        (q, pooled_k, lse, layout.tiles, scores),
         (*q.stride()[:3], scale * LOG2_E, q.shape[1], heads, first_tile, num_tiles, layout.most_blocks),
         **constants,
     )
@@ -87,8 +84,8 @@ def block_scores(
 @triton.jit(do_not_specialize=["time", "heads"])  # type: ignore[untyped-decorator]
 def _forward_kernel(
     q_ptr,
-    kc_ptr,  # [num_blocks, H, D]
-    vc_ptr,
+    pooled_k_ptr,  # [num_blocks, H, D]
+    pooled_v_ptr,
     tiles_ptr,
     output_ptr,  # [B, T, HQ, D]
     lse_ptr,  # [B, T, HQ]
@@ -109,7 +106,7 @@ def _forward_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GP
-    PARTS: tl.constexpr = 32 // BLOCK_Q
+    PARTS: tl.constexpr = TILE_QUERIES // BLOCK_Q
     # The last tiles, which see the most blocks, start first, so that the end is not ragged.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = program % heads
@@ -120,8 +117,8 @@ def _forward_kernel(
     query, member, valid = lanes_of(queries_end - first, G, GP, BLOCK_M)
     q_ptr += batch * q_stride_b + first.to(tl.int64) * q_stride_t + head.to(tl.int64) * G * q_stride_h
     q = load_rows(q_ptr + query.to(tl.int64) * q_stride_t + member.to(tl.int64) * q_stride_h, D, BLOCK_D)
-    kc_ptr += (base * heads + head) * D
-    vc_ptr += (base * heads + head) * D
+    pooled_k_ptr += (base * heads + head) * D
+    pooled_v_ptr += (base * heads + head) * D
     seen = (position + query + 1) // BS
     all_seen = (position + 1) // BS
     end = (position + queries_end - first) // BS
@@ -132,8 +129,8 @@ def _forward_kernel(
         block = at + tl.arange(0, BLOCK_N)
         # Hidden blocks repeat one that is seen: a weight of 0 times what never was written might be NaN.
         row = tl.minimum(block, end - 1) * heads * D
-        k = load_rows(kc_ptr + row, D, BLOCK_D)
-        v = load_rows(vc_ptr + row, D, BLOCK_D)
+        k = load_rows(pooled_k_ptr + row, D, BLOCK_D)
+        v = load_rows(pooled_v_ptr + row, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if at + BLOCK_N > all_seen:
             logits = tl.where(block[None, :] < seen[:, None], logits, -float("inf"))
@@ -154,7 +151,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["time", "heads", "first_tile", "num_tiles"])  # type: ignore[untyped-decorator]
 def _scores_kernel(
     q_ptr,
-    kc_ptr,  # [num_blocks, H, D]
+    pooled_k_ptr,  # [num_blocks, H, D]
     lse_ptr,  # [B, T, HQ]
     tiles_ptr,
     scores_ptr,  # [H, num_tiles, 32, most_blocks]
@@ -178,7 +175,7 @@ def _scores_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GP
-    PARTS: tl.constexpr = 32 // BLOCK_Q
+    PARTS: tl.constexpr = TILE_QUERIES // BLOCK_Q
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = program % heads
     part = program // heads
@@ -191,14 +188,14 @@ def _scores_kernel(
     q = load_rows(q_ptr + query.to(tl.int64) * q_stride_t + member.to(tl.int64) * q_stride_h, D, BLOCK_D)
     out_row = ((batch * time + first + query) * heads + head) * G + member
     lse = tl.load(lse_ptr + out_row, mask=valid, other=float("inf"))
-    kc_ptr += (base * heads + head) * D
-    scores_ptr += ((head.to(tl.int64) * num_tiles + tile) * 32 + row) * most_blocks
+    pooled_k_ptr += (base * heads + head) * D
+    scores_ptr += ((head.to(tl.int64) * num_tiles + tile) * TILE_QUERIES + row) * most_blocks
     queries = tl.arange(0, BLOCK_Q)
     seen = (position + queries + 1) // BS
     end = (position + queries_end - first) // BS
     for at in tl.range(0, end, BLOCK_N, num_stages=STAGES):
         block = at + tl.arange(0, BLOCK_N)
-        k = load_rows(kc_ptr + tl.minimum(block, end - 1) * heads * D, D, BLOCK_D)
+        k = load_rows(pooled_k_ptr + tl.minimum(block, end - 1) * heads * D, D, BLOCK_D)
         # Blocks along the first side: a thread of the matrix units then has most of a group's heads to itself.
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights = tl.math.exp2(logits * scale - lse[None, :])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .layout import Layout, power_of_two
-from .rows import BLOCK_FIELDS, lanes_of, load_rows, part_of_tile, store_rows
+from .rows import BASE_2, BLOCK_FIELDS, TILE_QUERIES, lanes_of, load_rows, part_of_tile, store_rows
 from .tiles import Tile, constants_of, num_parts, size_constants, tiles_of
 
 PROGRAMS = 2112
@@ -29,8 +29,8 @@ ELEMENTS = 1024
 
 def attend_blocks_backward(
     q: Tensor,
-    kc: Tensor,
-    vc: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
     d_output: Tensor,
     gate: Tensor,
     delta: Tensor,
@@ -44,47 +44,48 @@ def attend_blocks_backward(
     """Gradients of Σ d_output · gate · output over `attend_blocks`' output.
 
     Args:
-        q, d_output: `[B, T, HQ, D]`, features side by side. kc, vc: `[num_blocks, H, D]`, contiguous.
+        q, d_output: `[B, T, HQ, D]`, features side by side. pooled_k, pooled_v: `[num_blocks, H, D]`, contiguous.
         gate: `[B, T, HQ]`. delta: fp32 `[B, T, HQ]`, gate · <d_output, output>. lse: as `attend_blocks` returns it.
-        layout: its documents lie in one row of the batch, or each has `most_blocks` rows of the table of blocks.
+        layout: its documents lie in one row of the batch, or each has `row_blocks` rows of the table of blocks.
         padded: as in `attend_blocks`.
 
     Returns:
-        dq `[B, T, HQ, D]` in q's dtype, 0 where there is no document; dkc and dvc, fp32 `[num_blocks, H, D]`.
+        dq `[B, T, HQ, D]` in q's dtype, 0 where there is no document; d_pooled_k and d_pooled_v, fp32 `[num_blocks, H,
+        D]`.
     """
-    heads = kc.shape[1]
+    heads = pooled_k.shape[1]
     dq = (torch.zeros if padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    if q.numel() == 0 or len(layout.tiles) == 0 or kc.numel() == 0:
-        none = torch.zeros(kc.shape, dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or len(layout.tiles) == 0 or pooled_k.numel() == 0:
+        none = torch.zeros(pooled_k.shape, dtype=torch.float32, device=q.device)
         return dq.zero_(), none, none.clone()
-    if len(layout.blocks) // layout.most_blocks < q.shape[0]:
+    if len(layout.blocks) // layout.row_blocks < q.shape[0]:
         raise ValueError("native_sparse_attention: several rows need a layout with equally many blocks in each")
     rows = torch.empty(q.shape[0] * heads, 3, q.shape[1] * (q.shape[2] // heads), dtype=torch.float32, device=q.device)
     constants = constants_of(q, heads, block_size, tiles_of(q, heads, block_size).compressed_query)
     launch(
         _query_kernel,
         (len(layout.tiles) * num_parts(constants) * heads,),
-        (q, kc, vc, d_output, gate, delta.contiguous(), lse, layout.tiles, rows, dq),
+        (q, pooled_k, pooled_v, d_output, gate, delta.contiguous(), lse, layout.tiles, rows, dq),
         (*q.stride()[:3], *d_output.stride()[:3], *gate.stride(), scale, q.shape[1], heads),
         **constants,
     )
-    return dq, *_key_gradients(q, kc, vc, d_output, rows, layout, block_size, scale)
+    return dq, *_key_gradients(q, pooled_k, pooled_v, d_output, rows, layout, block_size, scale)
 
 
 def _key_gradients(
     q: Tensor,
-    kc: Tensor,
-    vc: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
     d_output: Tensor,
     rows: Tensor,
     layout: Layout,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """dkc and dvc; rows: as the kernel for dq writes them."""
+    """d_pooled_k and d_pooled_v; rows: as the kernel for dq writes them."""
     time, query_heads, size = q.shape[1:]
-    num_blocks, heads = kc.shape[:2]
-    most = layout.most_blocks
+    num_blocks, heads = pooled_k.shape[:2]
+    most = layout.row_blocks
     slabs = num_blocks // most
     group, tile = query_heads // heads, tiles_of(q, heads, block_size).compressed_key
     tiles = slabs * -(-most // tile.keys)
@@ -95,7 +96,7 @@ def _key_gradients(
     launch(
         _key_kernel,
         (tiles * heads * spans,),
-        (q, kc, vc, d_output, rows, layout.blocks, parts),
+        (q, pooled_k, pooled_v, d_output, rows, layout.blocks, parts),
         (*q.stride()[:3], *d_output.stride()[:3], scale, time, heads, num_blocks, most, span, spans),
         G=group,
         # Offsets from a tile's first row pass 2**31 elements.
@@ -128,8 +129,8 @@ def span_of(time: int, owners: int, group: int, tile: Tile) -> int:
 @triton.jit(do_not_specialize=["time", "heads"])  # type: ignore[untyped-decorator]
 def _query_kernel(
     q_ptr,
-    kc_ptr,  # [num_blocks, H, D]
-    vc_ptr,
+    pooled_k_ptr,  # [num_blocks, H, D]
+    pooled_v_ptr,
     d_output_ptr,
     gate_ptr,  # [B, T, HQ]
     delta_ptr,  # [B, T, HQ] contiguous, as the next one
@@ -160,7 +161,7 @@ def _query_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GP
-    PARTS: tl.constexpr = 32 // BLOCK_Q
+    PARTS: tl.constexpr = TILE_QUERIES // BLOCK_Q
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = program % heads
     part = program // heads
@@ -183,18 +184,18 @@ def _query_kernel(
     tl.store(at_row, lse, mask=valid)
     tl.store(at_row + time * G, gate, mask=valid)
     tl.store(at_row + time * G * 2, delta, mask=valid)
-    kc_ptr += (base * heads + head) * D
-    vc_ptr += (base * heads + head) * D
+    pooled_k_ptr += (base * heads + head) * D
+    pooled_v_ptr += (base * heads + head) * D
     seen = (position + query + 1) // BS
     all_seen = (position + 1) // BS
     end = (position + queries_end - first) // BS
-    scale2 = scale * 1.4426950408889634
+    scale2 = scale * BASE_2
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for at in tl.range(0, end, BLOCK_N, num_stages=STAGES):
         block = at + tl.arange(0, BLOCK_N)
         row = tl.minimum(block, end - 1) * heads * D
-        k = load_rows(kc_ptr + row, D, BLOCK_D)
-        v = load_rows(vc_ptr + row, D, BLOCK_D)
+        k = load_rows(pooled_k_ptr + row, D, BLOCK_D)
+        v = load_rows(pooled_v_ptr + row, D, BLOCK_D)
         weights = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse[:, None])
         if at + BLOCK_N > all_seen:
             weights = tl.where(block[None, :] < seen[:, None], weights, 0.0)
@@ -219,12 +220,12 @@ def _tokens_of(blocks_ptr, block, inside, BS: tl.constexpr):
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["time", "heads", "num_blocks", "most_blocks", "span", "spans"]
+    do_not_specialize=["time", "heads", "num_blocks", "row_blocks", "span", "spans"]
 )
 def _key_kernel(
     q_ptr,
-    kc_ptr,  # [num_blocks, H, D]
-    vc_ptr,
+    pooled_k_ptr,  # [num_blocks, H, D]
+    pooled_v_ptr,
     d_output_ptr,
     rows_ptr,  # [B·H, 3, T·G]
     blocks_ptr,
@@ -239,7 +240,7 @@ def _key_kernel(
     time,
     heads,
     num_blocks,
-    most_blocks,
+    row_blocks,
     span,
     spans,
     G: tl.constexpr,
@@ -256,12 +257,12 @@ def _key_kernel(
     # which all tiles have work in, starts first.
     program = tl.program_id(0)
     tiles = tl.num_programs(0) // (heads * spans)
-    tiles_of_slab = tl.cdiv(most_blocks, BLOCK_N)
+    tiles_of_slab = tl.cdiv(row_blocks, BLOCK_N)
     part = spans - 1 - program // (tiles * heads)
     head = program // tiles % heads
     slab = program % tiles // tiles_of_slab
-    first_block = slab * most_blocks + program % tiles_of_slab * BLOCK_N
-    left = most_blocks - program % tiles_of_slab * BLOCK_N
+    first_block = slab * row_blocks + program % tiles_of_slab * BLOCK_N
+    left = row_blocks - program % tiles_of_slab * BLOCK_N
     block = tl.arange(0, BLOCK_N)
     lower, upper = _tokens_of(blocks_ptr, first_block + block, block < left, BS)
     live = upper > lower
@@ -276,7 +277,7 @@ def _key_kernel(
     lower *= G
     upper = tl.minimum(upper, end) * G
 
-    batch = tl.load(blocks_ptr + slab * most_blocks * BLOCK_FIELDS).to(tl.int64)
+    batch = tl.load(blocks_ptr + slab * row_blocks * BLOCK_FIELDS).to(tl.int64)
     head = head.to(tl.int64)
     q_ptr += batch * q_stride_b + head * G * q_stride_h
     d_output_ptr += batch * do_stride_b + head * G * do_stride_h
@@ -285,9 +286,9 @@ def _key_kernel(
     delta_ptr = gate_ptr + time * G
     tile = (first_block.to(tl.int64) * heads + head) * D
     row = tl.minimum(block, left - 1) * heads * D
-    k = load_rows(kc_ptr + tile + row, D, BLOCK_D)
-    v = load_rows(vc_ptr + tile + row, D, BLOCK_D)
-    scale2 = scale * 1.4426950408889634
+    k = load_rows(pooled_k_ptr + tile + row, D, BLOCK_D)
+    v = load_rows(pooled_v_ptr + tile + row, D, BLOCK_D)
+    scale2 = scale * BASE_2
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for at in tl.range(begin * G, end * G, BLOCK_M, num_stages=STAGES):

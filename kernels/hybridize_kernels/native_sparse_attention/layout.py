@@ -19,6 +19,10 @@ TILE = 32
 """Positions of a tile of queries: as many as a word of membership has bits."""
 
 
+FORCED = 3
+"""The first, the current and the previous block, which are chosen whatever their score."""
+
+
 class Layout(NamedTuple):
     """int32 tables on the device; rows that nothing uses have no queries and no tokens.
 
@@ -29,12 +33,13 @@ class Layout(NamedTuple):
         blocks: `[num_blocks, 9]`. Of a block: row of the batch; token of its first key; how many keys it has; its
             number in the document; number of the tile of position 0 (where earlier context has no queries, one that is
             not there); end of the document's tiles; token of the query at position 0 (may be negative); `low`; `high`.
-        most_blocks: of one document.
+        most_blocks: of one document, at most. row_blocks: of each row of the batch in the table, or all of them.
     """
 
     tiles: Tensor
     blocks: Tensor
     most_blocks: int
+    row_blocks: int
 
 
 class Documents(NamedTuple):
@@ -85,7 +90,10 @@ def packed_layout(cu_seqlens: Tensor, time: int, block_size: int, device: torch.
 def _packed(cu_seqlens: Tensor, device: torch.device, time: int, block_size: int) -> Layout:
     number = len(cu_seqlens) - 1
     documents = packed_documents(cu_seqlens.to(device), time)
-    return layout_of(documents, block_size, time // TILE + number, time // block_size + number)
+    num_blocks = time // block_size + number
+    layout = layout_of(documents, block_size, time // TILE + number, num_blocks)
+    # No document is longer than the row.
+    return layout._replace(most_blocks=min(num_blocks, _ceil_div(time, block_size)))
 
 
 def _equal(device: torch.device, batch: int, time: int, keys: int, block_size: int) -> Layout:
@@ -133,7 +141,7 @@ def layout_of(
     tile_end = tile_base + used_tiles
     blocks = torch.stack((row[d], key[d] + first, tokens, block, of_zero[d], tile_end[d], zero[d], low[d], high[d]), 1)
     most = row_blocks if row_blocks is not None else num_blocks
-    return Layout(tiles.to(torch.int32).contiguous(), blocks.to(torch.int32).contiguous(), most)
+    return Layout(tiles.to(torch.int32).contiguous(), blocks.to(torch.int32).contiguous(), most, most)
 
 
 def _rows(used: Tensor, total: int, each: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,8 +17,8 @@ from ..launch import launch
 from .layout import Layout
 from .lists import Lists
 from .pairs import item_of
-from .rows import BLOCK_FIELDS, load_rows
-from .tiles import LOG2_E, Tile, size_constants
+from .rows import BASE_2, BLOCK_FIELDS, load_rows
+from .tiles import Tile, size_constants
 
 
 def pair_gradients(
@@ -75,7 +75,6 @@ def pair_gradients(
         ),
         G=group,
         ENTRIES=entries_per_item,
-        LOG2_E=LOG2_E,
         **size_constants(q, block_size),
         **tile.options(),
     )
@@ -116,7 +115,6 @@ def _pair_gradient_kernel(
     BLOCK_D: tl.constexpr,
     BS: tl.constexpr,
     ENTRIES: tl.constexpr,
-    LOG2_E: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
@@ -146,7 +144,7 @@ def _pair_gradient_kernel(
     of_head = head * G + member
     dk = tl.zeros([BS, BLOCK_D], tl.float32)
     dv = tl.zeros([BS, BLOCK_D], tl.float32)
-    scale2 = scale * LOG2_E
+    scale2 = scale * BASE_2
     for start in tl.range(first, end, BLOCK_Q, num_stages=STAGES):
         pair = start + lanes // G
         valid = (pair < end) & (lanes < BLOCK_Q * G)

@@ -26,7 +26,7 @@ class Places(NamedTuple):
     order, back: `[B, T]` what brings a row's real tokens to its right end, and what undoes it; None: they are there.
     query_positions: `[B, T]` after that; None: nothing is padding, or texts are packed.
     key_lengths: `[B]`, where keys lie by position. cu_seqlens: `[N + 1]`, where texts are packed.
-    offset: position of the first query where no tensor says it. row_blocks: blocks of a row's table.
+    time: T. offset: position of the first query where no tensor says it. row_blocks: blocks of a row's table.
     """
 
     layout: Layout
@@ -35,7 +35,7 @@ class Places(NamedTuple):
     query_positions: Tensor | None = None
     key_lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    sizes: tuple[int, int] = (0, 0)
+    time: int = 0
     offset: int = 0
     row_blocks: int = 0
 
@@ -51,26 +51,23 @@ class Places(NamedTuple):
     def unsorted(self, x: Tensor) -> Tensor:
         return x if self.back is None else take(x, self.back)
 
-    def positions(self) -> Tensor:
-        """`[B, T]` or one row of it; −1 for padding."""
-        if self.query_positions is not None:
-            return self.query_positions
-        time, device = self.sizes[1], self.layout.tiles.device
-        column = torch.arange(time, device=device)
-        if self.cu_seqlens is None:
-            return (column + self.offset)[None]
-        document = torch.searchsorted(self.cu_seqlens[1:].contiguous(), column, right=True)
-        return (column - self.cu_seqlens[document.clamp(max=len(self.cu_seqlens) - 2)])[None]
+    def with_dense(self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, *, below: int, scale: float) -> Tensor:
+        """The output with that of full causal attention at positions below `below`, which a window of so many tokens
+        is."""
+        if self.query_positions is None and self.cu_seqlens is None:
+            queries = min(max(below - self.offset, 0), q.shape[1])
+            if queries == 0:
+                return output
+            first, seen = q[:, :queries], self.offset + queries
+            dense = retained_attention(first, k[:, :seen], v[:, :seen], window=below, scale=scale)
+            return torch.cat((dense, output[:, queries:]), dim=1)
+        tokens, order = self.of_windows(q, k, below)
+        if tokens is not None:
+            k, v = take(k, tokens.clamp(min=0)), take(v, tokens.clamp(min=0))
+        dense = retained_attention(q, k, v, window=below, scale=scale, **order)
+        return torch.where((self._positions() < below)[..., None, None], dense, output)
 
-    def attend_near(self, q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float) -> Tensor:
-        """Attention of each query to the last `window` tokens up to itself."""
-        index, order = self.near(q, k, window)
-        if index is not None:
-            k, v = take(k, index.clamp(min=0)), take(v, index.clamp(min=0))
-        output: Tensor = retained_attention(q, k, v, window=window, scale=scale, **order)
-        return output
-
-    def near(self, q: Tensor, k: Tensor, window: int) -> tuple[Tensor | None, dict[str, Any]]:
+    def of_windows(self, q: Tensor, k: Tensor, window: int) -> tuple[Tensor | None, dict[str, Any]]:
         """The tokens `[B, n]` of the keys that lie in some query's window (−1: none; None: all of k), and where the
         keys that are left lie, in the terms of `retained_attention`."""
         if self.cu_seqlens is not None:
@@ -85,6 +82,15 @@ class Places(NamedTuple):
             index = index.clamp(min=-1)
         key_positions = positions if index is None else index
         return index, {"query_positions": positions, "key_positions": key_positions, "ordered_from": 0}
+
+    def _positions(self) -> Tensor:
+        """`[B, T]`, −1 for padding, where some tensor says them."""
+        if self.query_positions is not None or self.cu_seqlens is None:
+            assert self.query_positions is not None
+            return self.query_positions
+        column = torch.arange(self.time, device=self.cu_seqlens.device)
+        document = torch.searchsorted(self.cu_seqlens[1:].contiguous(), column, right=True)
+        return (column - self.cu_seqlens[document.clamp(max=len(self.cu_seqlens) - 2)])[None]
 
     def of_blocks(self, x: Tensor) -> Tensor:
         """Given pooled keys or values `[B, blocks, H, D]` as the tables count blocks: `[num_blocks, H, D]`."""
@@ -111,13 +117,13 @@ def places_of(
     """See `hybridize_kernels.native_sparse_attention` for what is given."""
     (batch, time), keys, device = q.shape[:2], k.shape[1], q.device
     row_blocks = -(-keys // block_size)
-    sizes = (batch, time)
     if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(device)
         layout = packed_layout(cu_seqlens, time, block_size, device)
-        return Places(layout, cu_seqlens=cu_seqlens, sizes=sizes)
+        return Places(layout, cu_seqlens=cu_seqlens, time=time)
     if query_positions is None:
         layout = equal_layout(batch, time, keys, block_size, device)
-        return Places(layout, sizes=sizes, offset=keys - time, row_blocks=row_blocks)
+        return Places(layout, time=time, offset=keys - time, row_blocks=row_blocks)
     order = (query_positions >= 0).to(torch.uint8).argsort(dim=1, stable=True)
     query_positions = query_positions.gather(1, order)
     num_padding = (query_positions < 0).sum(1)
@@ -126,7 +132,7 @@ def places_of(
     else:
         documents, tiles = padded_documents(num_padding, time), -(-time // TILE)
     layout = layout_of(documents, block_size, batch * tiles, batch * row_blocks, tiles, row_blocks=row_blocks)
-    return Places(layout, order, order.argsort(dim=1), query_positions, key_lengths, sizes=sizes, row_blocks=row_blocks)
+    return Places(layout, order, order.argsort(dim=1), query_positions, key_lengths, time=time, row_blocks=row_blocks)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

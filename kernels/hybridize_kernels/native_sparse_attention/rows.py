@@ -7,8 +7,14 @@ loaded. Over tiles of the layout the group is padded to a power of two, GP: lane
 import triton
 import triton.language as tl
 
+from .layout import TILE
+
 TILE_FIELDS = tl.constexpr(8)
 BLOCK_FIELDS = tl.constexpr(9)
+TILE_QUERIES = tl.constexpr(TILE)
+BASE_2 = tl.constexpr(1.4426950408889634)
+NOTHING_YET = tl.constexpr(-1e30)
+"""A maximum of no logits: finite, so that hidden logits give weights of 0 and not NaN."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -14,16 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .layout import TILE, Layout
+from .layout import FORCED, TILE, Layout
 from .lists import Lists, lists_by_block
 from .pairs import attend_pairs
-from .rows import TILE_FIELDS, lanes_of, load_rows, part_of_tile, store_rows
+from .rows import NOTHING_YET, TILE_FIELDS, TILE_QUERIES, lanes_of, load_rows, part_of_tile, store_rows
 from .tiles import LOG2_E, constants_of, num_parts, tiles_of
 from .unions import Unions, unions_of
 
 PAIR_BYTES = 2**30
 """Of finished pairs that lie in memory at a time, if one key head has not more."""
-NOTHING_YET = tl.constexpr(-1e30)  # finite, so that the difference of two of them is a number
 
 
 class Selected(NamedTuple):
@@ -49,7 +48,7 @@ def attend_selected(
     v: Tensor,
     words: Tensor,
     compressed: Tensor,
-    near: Tensor,
+    window: Tensor,
     gates: Tensor,
     layout: Layout,
     *,
@@ -59,9 +58,9 @@ def attend_selected(
     padded: bool,
     keep: bool,
 ) -> Selected:
-    """The branch, and its gated sum with `compressed` and `near`, the other two `[B, T, HQ, D]`.
+    """The branch, and its gated sum with `compressed` and `window`, the other two `[B, T, HQ, D]`.
 
-    q, compressed, near, gates `[B, T, HQ, 3]`: contiguous. words: of `choose_blocks`.
+    q, compressed, window, gates `[B, T, HQ, 3]`: contiguous. words: of `choose_blocks`.
     padded: whether there may be tokens that belong to no tile. keep: whether a backward pass needs more than the sum.
     """
     (batch, time, query_heads, head_size), heads = q.shape, k.shape[2]
@@ -85,7 +84,7 @@ def attend_selected(
             layout,
             batch=batch,
             time=time,
-            most_slots=max(1, num_selected_blocks - 3),
+            most_slots=max(1, min(num_selected_blocks, layout.most_blocks) - FORCED),
             block_size=block_size,
             entries_per_item=tiles.entries,
             padded=padded,
@@ -101,7 +100,7 @@ def attend_selected(
             attend_pairs(
                 q, k, v, lists, layout, *pairs, heads=some, entries_per_item=entries, tile=tiles.pairs, **options
             )
-        _attend_unions(q, k, v, unions, lists, pairs, compressed, near, gates, made, layout, some, constants, scale)
+        _attend_unions(q, k, v, unions, lists, pairs, compressed, window, gates, made, layout, some, constants, scale)
     return made
 
 
@@ -113,7 +112,7 @@ def _attend_unions(
     lists: Lists | None,
     pairs: tuple[Tensor, Tensor],
     compressed: Tensor,
-    near: Tensor,
+    window: Tensor,
     gates: Tensor,
     made: Selected,
     layout: Layout,
@@ -129,7 +128,7 @@ def _attend_unions(
     launch(
         _union_attention_kernel,
         (parts, len(heads)),
-        (q, k, v, unions.blocks, unions.counts, slots, counts, *pairs, compressed, near, gates, layout.tiles, *made),
+        (q, k, v, unions.blocks, unions.counts, slots, counts, *pairs, compressed, window, gates, layout.tiles, *made),
         (
             *k.stride()[:3],
             *v.stride()[:3],
@@ -162,7 +161,7 @@ def _union_attention_kernel(
     pair_ptr,  # [heads of this launch, most_pairs, G, D]
     pair_lse_ptr,  # [heads of this launch, most_pairs, G]
     compressed_ptr,  # [B·T, HQ, D]
-    near_ptr,
+    window_ptr,
     gates_ptr,  # [B·T, HQ, 3]
     tiles_ptr,  # [num_tiles, 8]
     output_ptr,  # [B·T, HQ, D], written
@@ -194,7 +193,7 @@ def _union_attention_kernel(
     STAGES: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GP
-    PARTS: tl.constexpr = 32 // BLOCK_Q
+    PARTS: tl.constexpr = TILE_QUERIES // BLOCK_Q
     of_launch = tl.program_id(1).to(tl.int64)
     head = of_launch + first_head
     # The last tiles, which have the most blocks, start first.
@@ -270,6 +269,6 @@ def _union_attention_kernel(
     mixed = tl.load(gates_ptr + out_row * 3 + 1).to(tl.float32)[:, None] * output.to(tl.float32)
     compressed = load_rows(compressed_ptr + out_row * D, D, BLOCK_D)
     mixed += tl.load(gates_ptr + out_row * 3).to(tl.float32)[:, None] * compressed.to(tl.float32)
-    near = load_rows(near_ptr + out_row * D, D, BLOCK_D)
-    mixed += tl.load(gates_ptr + out_row * 3 + 2).to(tl.float32)[:, None] * near.to(tl.float32)
+    window = load_rows(window_ptr + out_row * D, D, BLOCK_D)
+    mixed += tl.load(gates_ptr + out_row * 3 + 2).to(tl.float32)[:, None] * window.to(tl.float32)
     store_rows(mixed_ptr + out_row * D, mixed, valid, D, BLOCK_D)

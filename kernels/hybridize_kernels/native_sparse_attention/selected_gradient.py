@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from .combine import key_gradients, query_gradient
-from .layout import Layout
+from .layout import FORCED, Layout
 from .lists import lists_by_block
 from .pair_gradient import pair_gradients
 from .selected import head_groups
-from .selection import FORCED
 from .tiles import tiles_of
 
 
@@ -22,15 +21,15 @@ class Others(NamedTuple):
     """What the other branches give.
 
     Attributes:
-        dq_near, dq_compressed: `[B, T, HQ, D]`. dk_near, dv_near: `[B, S, H, D]`.
+        dq_window, dq_compressed: `[B, T, HQ, D]`. dk_window, dv_window: `[B, S, H, D]`.
         d_pooled: of the pooled keys and values, fp32 `[num_blocks, H, D]`, where they are made of k and v; else None.
         pooling: the weights `[BS, H, D]` by which they are; None: their mean.
     """
 
-    dq_near: Tensor
+    dq_window: Tensor
     dq_compressed: Tensor
-    dk_near: Tensor
-    dv_near: Tensor
+    dk_window: Tensor
+    dv_window: Tensor
     d_pooled: Sequence[Tensor] | None
     pooling: tuple[Tensor, Tensor] | None
 
@@ -61,7 +60,7 @@ def selected_gradients(
         layout,
         batch=batch,
         time=time,
-        most_slots=max(FORCED, num_selected_blocks),
+        most_slots=min(max(FORCED, num_selected_blocks), layout.most_blocks),
         block_size=block_size,
         entries_per_item=tiles.entries,
         padded=padded,
@@ -92,14 +91,14 @@ def selected_gradients(
             entries_per_item=tiles.entries,
             tile=tiles.gradient,
         )
-        query_gradient(dq_pairs, lists, others.dq_compressed, others.dq_near, dq, heads=some)
+        query_gradient(dq_pairs, lists, others.dq_compressed, others.dq_window, dq, heads=some)
         key_gradients(
             d_items,
             lists,
             layout,
             others.d_pooled,
             others.pooling,
-            (others.dk_near, others.dv_near),
+            (others.dk_window, others.dv_window),
             (dk, dv),
             heads=some,
             block_size=block_size,

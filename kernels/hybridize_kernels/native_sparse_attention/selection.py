@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import multiprocessors
 from ..launch import launch
 from .compressed import block_scores
-from .layout import TILE, Layout, power_of_two
+from .layout import FORCED, TILE, Layout, power_of_two
 from .rows import TILE_FIELDS
 
-FORCED = 3
-"""The first, the current and the previous block, which are chosen whatever their score."""
 SCORE_BYTES = 128 * 2**20
-"""Of the scores that lie in memory at a time."""
+"""Of the scores that lie in memory at a time, unless they are of fewer than PROGRAMS programs a processor."""
+PROGRAMS = 4
 ELEMENTS = 2048
 """Scores that a warp looks at together: a row in one warp needs no other to count with."""
 
@@ -44,7 +44,10 @@ def choose_blocks(
     words = torch.empty(heads, num_tiles, layout.most_blocks, dtype=torch.int32, device=q.device)
     if words.numel() == 0:
         return words
-    at_a_time = max(1, SCORE_BYTES // (4 * heads * TILE * layout.most_blocks))
+    at_a_time = max(
+        SCORE_BYTES // (4 * heads * TILE * layout.most_blocks),
+        -(-PROGRAMS * multiprocessors(q.get_device()) // heads),
+    )
     columns = power_of_two(layout.most_blocks)
     rows = max(1, min(TILE, ELEMENTS // columns))
     for first in range(0, num_tiles, at_a_time):

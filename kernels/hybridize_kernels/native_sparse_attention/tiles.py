@@ -49,8 +49,7 @@ class Tiles:
 
     Attributes:
         compressed, scores, compressed_query, compressed_key: of the compressed branch forward, of the blocks' scores,
-            of
-            its dq, and of its dk and dv.
+            of its dq, and of its dk and dv.
         union, pairs, gradient: of the selected branch over unions, over lists by block, and of its gradient over them.
         limit: blocks, beside the near ones, of the longest union that is walked as one.
         entries: pairs of a piece of work of the kernels over lists by block.

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .layout import TILE, Layout, power_of_two
+from .layout import FORCED, TILE, Layout, power_of_two
 from .rows import TILE_FIELDS
 
 
@@ -38,7 +38,7 @@ def unions_of(words: Tensor, layout: Layout, *, block_size: int, queries: int, l
     ones."""
     heads, num_tiles, columns = words.shape
     parts = TILE // queries
-    near = 3 + (queries - 1) // block_size
+    near = FORCED + (queries - 1) // block_size
     split = columns > limit + near
     capacity = limit + near if split else columns
     device = words.device

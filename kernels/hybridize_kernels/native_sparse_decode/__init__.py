@@ -55,7 +55,7 @@ def native_sparse_decode(
         block_size, num_selected_blocks (at least 1), window, dense_below: tokens, blocks, tokens, tokens.
         positions: `[B, 1]` int64 or int32, equal to `lengths`; −1 is padding: its row stays as it is, its output is 0.
             At a position for which there is no slot the row stays as it is too, and its output is NaN.
-        scale: factor on the scores; D**-0.5 unless given.
+        scale: positive factor on the scores; D**-0.5 unless given.
         key_pooling, value_pooling: `[block_size, H, D]`, both or none.
         workspace: a dictionary that belongs to this cache, in which the kernel leaves its scratch memory from one step
             for the next. None: every step makes its own.
@@ -72,6 +72,8 @@ def native_sparse_decode(
     for name, count in (("block_size", block_size), ("num_selected_blocks", num_selected_blocks), ("window", window)):
         if count < 1:
             raise ValueError(f"{op}: {name} is {count}, expected at least 1")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{op}: scale is {scale}, expected a positive factor")
     if q.ndim != 4 or q.shape[1] != 1:
         raise ValueError(f"{op}: q {list(q.shape)} must be [batch, 1, query heads, head size]")
     if keys.ndim != 4:

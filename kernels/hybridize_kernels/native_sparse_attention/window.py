@@ -11,25 +11,25 @@ from ..retained_attention.attention import Attended, attend_once, call_of, gradi
 from .places import Places, take
 
 
-class Near(NamedTuple):
+class Window(NamedTuple):
     """A forward pass; tokens: `[B, n]` those of its keys among all, −1 for none, where it has not all of them."""
 
     attended: Attended
     tokens: Tensor | None
 
 
-def attend_near(q: Tensor, k: Tensor, v: Tensor, places: Places, *, window: int, scale: float) -> Near:
+def attend_window(q: Tensor, k: Tensor, v: Tensor, places: Places, *, window: int, scale: float) -> Window:
     """Attention of each query `[B, T, HQ, D]` to the last `window` tokens up to itself."""
-    tokens, order = places.near(q, k, window)
+    tokens, order = places.of_windows(q, k, window)
     if tokens is not None:
         k, v = take(k, tokens.clamp(min=0)), take(v, tokens.clamp(min=0))
-    return Near(attend_once(q, k, v, None, call_of(k, window=window, scale=scale, **order)), tokens)
+    return Window(attend_once(q, k, v, None, call_of(k, window=window, scale=scale, **order)), tokens)
 
 
-def near_gradients(near: Near, d_output: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def window_gradients(passed: Window, d_output: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv `[B, keys, H, D]` of all keys, contiguous."""
-    dq, dk, dv, _ = gradients_of(near.attended, None, d_output, None)
-    return dq, _of_all(dk, near.tokens, keys), _of_all(dv, near.tokens, keys)
+    dq, dk, dv, _ = gradients_of(passed.attended, None, d_output, None)
+    return dq, _of_all(dk, passed.tokens, keys), _of_all(dv, passed.tokens, keys)
 
 
 def _of_all(gradient: Tensor, tokens: Tensor | None, keys: int) -> Tensor:
