@@ -62,7 +62,8 @@ class PositionState(MixerState):
             (v, "values", pooling.get("value_pooling")),
         ):
             _put(tensors[name], new, positions, padded)
-            _pool(tensors[name], tensors[f"compressed_{name}"], before, tensors["lengths"], k.shape[1], weights)
+            pooled = tensors[f"compressed_{name}"]
+            _pool(tensors[name], pooled, self.block_tokens, before, tensors["lengths"], k.shape[1], weights)
         if grad:
             with torch.no_grad():
                 for name, x in tensors.items():
@@ -84,12 +85,19 @@ def _put(slots: Tensor, new: Tensor, positions: Tensor, padded: bool) -> None:
         slots[rows, positions] = new.to(slots.dtype)
 
 
-def _pool(slots: Tensor, pooled: Tensor, before: Tensor, after: Tensor, num_new: int, weights: Tensor | None) -> None:
+def _pool(
+    slots: Tensor,
+    pooled: Tensor,
+    block_tokens: int,
+    before: Tensor,
+    after: Tensor,
+    num_new: int,
+    weights: Tensor | None,
+) -> None:
     """Pools the blocks that were completed when the lengths [B] grew by at most `num_new`."""
     num_blocks = pooled.shape[1]
     if num_blocks == 0:
         return
-    block_tokens = slots.shape[1] // num_blocks
     # As many blocks as may have been completed, from the first that was not; which of them are is told on the device.
     count = min(num_new // block_tokens + 1, num_blocks)
     first = before.long() // block_tokens
