@@ -61,31 +61,32 @@ class Places(NamedTuple):
             first, seen = q[:, :queries], self.offset + queries
             dense = retained_attention(first, k[:, :seen], v[:, :seen], window=below, scale=scale)
             return torch.cat((dense, output[:, queries:]), dim=1)
-        tokens, order = self.of_windows(q, k, below)
-        if tokens is not None:
-            k, v = take(k, tokens.clamp(min=0)), take(v, tokens.clamp(min=0))
+        k, v, _, order = self.of_windows(q, k, v, below)
         dense = retained_attention(q, k, v, window=below, scale=scale, **order)
         return torch.where((self._positions() < below)[..., None, None], dense, output)
 
-    def of_windows(self, q: Tensor, k: Tensor, window: int) -> tuple[Tensor | None, dict[str, Any]]:
-        """The tokens `[B, n]` of the keys that lie in some query's window (−1: none; None: all of k), and where the
-        keys that are left lie, in the terms of `retained_attention`."""
+    def of_windows(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+        """The keys and values that lie in some query's window, their tokens `[B, n]` among all (−1: none; None: all are
+        left), and where those that are left lie, in the terms of `retained_attention`."""
         if self.cu_seqlens is not None:
-            return None, {"cu_seqlens": self.cu_seqlens}
+            return k, v, None, {"cu_seqlens": self.cu_seqlens}
         positions = self.query_positions
         if positions is None:
-            return None, {}
-        index = None
+            return k, v, None, {}
+        tokens = None
         if self.key_lengths is not None:
             width = min(k.shape[1], window - 1 + q.shape[1])
-            index = self.key_lengths.long()[:, None] - width + torch.arange(width, device=q.device)
-            index = index.clamp(min=-1)
-        key_positions = positions if index is None else index
-        return index, {"query_positions": positions, "key_positions": key_positions, "ordered_from": 0}
+            tokens = self.key_lengths.long()[:, None] - width + torch.arange(width, device=q.device)
+            tokens = tokens.clamp(min=-1)
+            k, v = take(k, tokens.clamp(min=0)), take(v, tokens.clamp(min=0))
+        key_positions = positions if tokens is None else tokens
+        return k, v, tokens, {"query_positions": positions, "key_positions": key_positions, "ordered_from": 0}
 
     def _positions(self) -> Tensor:
         """`[B, T]`, −1 for padding, where some tensor says them."""
-        if self.query_positions is not None or self.cu_seqlens is None:
+        if self.cu_seqlens is None:
             assert self.query_positions is not None
             return self.query_positions
         column = torch.arange(self.time, device=self.cu_seqlens.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..retained_attention.attention import Attended, attend_once, call_of, gradients_of
-from .places import Places, take
+from .places import Places
 
 
 class Window(NamedTuple):
@@ -20,9 +20,7 @@ class Window(NamedTuple):
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, places: Places, *, window: int, scale: float) -> Window:
     """Attention of each query `[B, T, HQ, D]` to the last `window` tokens up to itself."""
-    tokens, order = places.of_windows(q, k, window)
-    if tokens is not None:
-        k, v = take(k, tokens.clamp(min=0)), take(v, tokens.clamp(min=0))
+    k, v, tokens, order = places.of_windows(q, k, v, window)
     return Window(attend_once(q, k, v, None, call_of(k, window=window, scale=scale, **order)), tokens)
 
 

@@ -11,6 +11,7 @@ from ..dispatch import is_capturing
 from ..launch import launch
 from .append import append_kernel
 from .chosen import choose_kernel
+from .eager import ALWAYS_CHOSEN
 from .selected import selected_kernel
 
 SETTINGS_VARIABLE = "HYBRIDIZE_NATIVE_SPARSE_DECODE"
@@ -24,7 +25,6 @@ SETTINGS = {
     1024: (16, 4, 2, 264),
 }
 MAX_SPLITS = 64
-ALWAYS_CHOSEN = 3
 CHOICES_A_WARP = 1024
 """Blocks whose importance a warp holds: 32 a thread."""
 LARGE_TILE = 8192
