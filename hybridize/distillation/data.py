@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hybridize.errors import RecipeError
+from hybridize.mixers.parts.documents import document_positions
 from hybridize.recipe.documents import Document, training_documents
 from hybridize.recipe.schema import Data
 
@@ -31,10 +33,43 @@ class Batch:
     Attributes:
         tokens: [B, T] int64.
         documents: ids of the documents in it, for messages.
+        bounds: [N + 1] int32, where the documents of the rows laid end to end begin, from 0, and the last ends, B·T;
+            the edges of the rows are among them. None: every row is one text, because no document begins inside a row
+            or because its documents are read as one.
     """
 
     tokens: Tensor
     documents: tuple[str, ...]
+    bounds: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device. The host does not wait for the copy."""
+        bounds = None if self.bounds is None else _copied(self.bounds, torch.device(device))
+        return Batch(_copied(self.tokens, torch.device(device)), self.documents, bounds)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a model's forward pass: the rows, or all documents in one row [1, B·T] with their bounds."""
+        if self.bounds is None:
+            return {"input_ids": self.tokens}
+        positions = document_positions(self.bounds, self.tokens.numel())
+        return {"input_ids": self.tokens.view(1, -1), "position_ids": positions, "cu_seqlens": self.bounds}
+
+    @property
+    def labels_mask(self) -> Tensor | None:
+        """[B, T] bool, False where a document ends: the next token, if the row has one, is another document's.
+
+        None where the rows are texts: every token but the last of a row has its next token.
+        """
+        if self.bounds is None:
+            return None
+        mask = torch.ones(self.tokens.numel(), dtype=torch.bool, device=self.bounds.device)
+        return mask.index_fill(0, self.bounds[1:].long() - 1, False).view(self.tokens.shape)
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    # Only from pinned memory is a copy to a GPU asynchronous.
+    x = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return x.to(device, non_blocking=True)
 
 
 def document_encoder(tokenizer: Any) -> Encode:
@@ -132,17 +167,17 @@ class Lane:
         self.tokens += tokens
         self.documents.append((identity, len(tokens)))
 
-    def take(self, count: int) -> tuple[list[int], list[str]]:
-        """The first `count` tokens, and the ids of their documents."""
+    def take(self, count: int) -> tuple[list[int], list[tuple[str, int]]]:
+        """The first `count` tokens, and their documents: (id, tokens of it among them), in order."""
         tokens, self.tokens = self.tokens[:count], self.tokens[count:]
-        ids: list[str] = []
+        taken: list[tuple[str, int]] = []
         while count > 0:
             identity, available = self.documents.pop(0)
-            ids.append(identity)
+            taken.append((identity, min(available, count)))
             if available > count:
                 self.documents.insert(0, (identity, available - count))
             count -= available
-        return tokens, ids
+        return tokens, taken
 
 
 class PackedSequences:
@@ -154,7 +189,9 @@ class PackedSequences:
         streams: one a source. weights: their shares.
         encode: text -> token ids with the separator.
         num_lanes: streams of packed tokens that take turns.
-        rank, num_processes: of `num_processes` consecutive sequences this process takes the `rank`-th.
+        rank, num_processes: of `num_processes` consecutive sequences this process takes the `rank`-th. All processes
+            walk over all sequences, so that their places are the same and any number of them can go on from one.
+        document_boundaries: batches tell where documents begin; else a row is read as one text.
     """
 
     def __init__(
@@ -166,11 +203,13 @@ class PackedSequences:
         num_lanes: int = NUM_LANES,
         rank: int = 0,
         num_processes: int = 1,
+        document_boundaries: bool = True,
     ) -> None:
         self.streams = tuple(streams)
         self.weights = tuple(weights)
         self.encode = encode
         self.rank, self.num_processes = rank, num_processes
+        self.document_boundaries = document_boundaries
         self.tokens_of_source = [0] * len(self.streams)
         self._lanes = [Lane([], []) for _ in range(num_lanes)]
         self._turn = 0
@@ -189,21 +228,35 @@ class PackedSequences:
             for index, source in enumerate(data.train)
         ]
         weights = [source.weight for source in data.train]
-        return cls(streams, weights, document_encoder(tokenizer), rank=rank, num_processes=num)
+        return cls(
+            streams,
+            weights,
+            document_encoder(tokenizer),
+            rank=rank,
+            num_processes=num,
+            document_boundaries=data.document_boundaries,
+        )
 
     def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
         """The next sequences [num_sequences, sequence_tokens] of this process."""
         rows: list[list[int]] = []
-        documents: dict[str, None] = {}
+        documents: list[tuple[str, int]] = []
         for _ in range(num_sequences):
             for process in range(self.num_processes):
-                tokens, ids = self._take(sequence_tokens)
+                tokens, taken = self._take(sequence_tokens)
                 if process == self.rank:
                     rows.append(tokens)
-                    documents |= dict.fromkeys(ids)
-        return Batch(torch.tensor(rows, dtype=torch.int64), tuple(documents))
+                    documents += taken
+        ids = tuple(dict.fromkeys(identity for identity, _ in documents))
+        return Batch(torch.tensor(rows, dtype=torch.int64), ids, self._bounds(documents, num_sequences))
 
-    def _take(self, count: int) -> tuple[list[int], list[str]]:
+    def _bounds(self, documents: list[tuple[str, int]], num_sequences: int) -> Tensor | None:
+        # A document that goes on in the next row is listed once a row.
+        if not self.document_boundaries or len(documents) == num_sequences:
+            return None
+        return torch.tensor([0, *accumulate(count for _, count in documents)], dtype=torch.int32)
+
+    def _take(self, count: int) -> tuple[list[int], list[tuple[str, int]]]:
         lane = self._lanes[self._turn]
         self._turn = (self._turn + 1) % len(self._lanes)
         while len(lane.tokens) < count:

@@ -97,21 +97,29 @@ def wrap(model: Any, lora: Lora | None, *, frozen_dtype: torch.dtype) -> Student
 
 
 def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
-    """Lets frozen weights of the student that equal the teacher's be the teacher's, so that they exist once.
+    """Frozen parameters of the student that equal the teacher's become the teacher's too, so that they exist once.
+
+    The teacher holds the very same parameter afterwards, wherever that is moved.
 
     Returns:
         bytes saved.
     """
-    of_teacher = dict(teacher.named_parameters())
+    trained = {id(parameter) for parameter in student.trained().values()}
+    named = student.peft.named_parameters()
+    frozen = {plain_name(name): parameter for name, parameter in named if id(parameter) not in trained}
+    shared: dict[int, nn.Parameter] = {}
     saved_bytes = 0
-    for name, parameter in student.peft.named_parameters():
-        other = of_teacher.get(plain_name(name))
-        if parameter.requires_grad or other is None or other.data_ptr() == parameter.data_ptr():
-            continue
-        alike = (other.dtype, other.shape, other.device) == (parameter.dtype, parameter.shape, parameter.device)
-        if alike and torch.equal(other.data, parameter.data):
-            parameter.data = other.data
-            saved_bytes += parameter.numel() * parameter.element_size()
+    for module_name, module in teacher.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            other = frozen.get(f"{module_name}.{name}" if module_name else name)
+            if other is None or other.data_ptr() == parameter.data_ptr():
+                continue
+            alike = (other.dtype, other.shape, other.device) == (parameter.dtype, parameter.shape, parameter.device)
+            if id(parameter) not in shared and alike and torch.equal(other.data, parameter.data):
+                shared[id(parameter)] = other
+                saved_bytes += parameter.numel() * parameter.element_size()
+            if id(parameter) in shared:  # under each of its names, as a head tied to the embedding
+                setattr(module, name, shared[id(parameter)])
     return saved_bytes
 
 

@@ -29,7 +29,10 @@ class MetricsFile:
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
         temporary = self.path.with_name(self.path.name + ".partial")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())  # the rows of a checkpoint are on the disk since before it was
         os.replace(temporary, self.path)
 
     def write(self, row: dict[str, Any]) -> None:

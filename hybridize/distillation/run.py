@@ -15,18 +15,21 @@ from hybridize.checkpoint import AtomicFolder, FolderLock, read_manifest
 from hybridize.distillation.data import PackedSequences
 from hybridize.distillation.lora import Student, save_adapter, share_frozen_weights, wrap
 from hybridize.distillation.metrics import MetricsFile
-from hybridize.distillation.processes import any_process, seed_process
+from hybridize.distillation.processes import Processes
 from hybridize.distillation.run_state import RunState
 from hybridize.distillation.settings import begin_or_compare, pinned_data, run_settings
 from hybridize.distillation.signals import StopRequest, stop_requests
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
 from hybridize.errors import CheckpointError, RecipeError, StoppedError
+from hybridize.model import training_form
 from hybridize.model.load import load_hybrid, load_teacher, load_tokenizer
+from hybridize.model.packed_attention import use_packed_attention
 from hybridize.model.precision import computes_bfloat16
 from hybridize.plan import ConversionPlan
 from hybridize.progress import SILENT, Reporter
-from hybridize.recipe.schema import Data, Distill, Precision, Recipe
+from hybridize.recipe.probes import Precision
+from hybridize.recipe.schema import Data, Distill, Recipe
 
 ADAPTER_KIND = "adapter"
 
@@ -67,18 +70,18 @@ def distill(
     run = Path(run)
     base = Path.cwd() if base is None else base.absolute()
     folder = run / "distill"
-    accelerator = Accelerator(mixed_precision="no")
+    processes = Processes(Accelerator(mixed_precision="no"))
     # Of several processes the first one writes; the others would find the lock taken.
-    with stop_requests() as stop, FolderLock(folder) if accelerator.is_main_process else nullcontext():
+    with stop_requests() as stop, FolderLock(folder) if processes.is_first else nullcontext():
         folder.mkdir(parents=True, exist_ok=True)
-        with accelerator.main_process_first():
+        with processes.accelerator.main_process_first():
             pinned = pinned_data(folder, recipe.data, base, offline=offline)
             identity = begin_or_compare(folder, run_settings(recipe.distill, recipe.data, pinned, plan, base))
         adapter = folder / ADAPTER_KIND
         if not _is_finished(adapter, identity):
             job = Job(recipe.distill, pinned, plan, run, base, offline, identity)
-            _train(job, accelerator, reporter, stop)
-        if any_process(accelerator, bool(stop)):  # came after the last step: what follows would not hear of it
+            _train(job, processes, reporter, stop)
+        if processes.any(bool(stop)):  # came after the last step: what follows would not hear of it
             raise StoppedError(f"Stopped by {stop.name}; the training is complete.")
     return adapter
 
@@ -96,55 +99,66 @@ class Job:
     identity: str
 
 
-def _train(job: Job, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> None:
+def _train(job: Job, processes: Processes, reporter: Reporter, stop: StopRequest) -> None:
     distill, folder, seed = job.distill, job.run / "distill", job.plan.seed
     seed_everything(seed)
-    mixed = use_bfloat16(distill.precision, accelerator.device)
+    mixed = use_bfloat16(distill.precision, processes.device)
     converted = job.run / "converted"
-    student, teacher = load_pair(converted, job.plan, distill, mixed, accelerator.device, job.offline)
-    seed_process(accelerator, seed)
+    student, teacher = load_pair(converted, job.plan, distill, mixed, processes.device, job.offline)
+    processes.seed(seed)
     sequences = PackedSequences.from_recipe(
         job.data,
         load_tokenizer(converted),
         base=job.base,
         seed=seed,
         offline=job.offline,
-        rank=accelerator.process_index,
-        num=accelerator.num_processes,
+        rank=processes.index,
+        num=processes.count,
     )
     state = RunState(folder / "checkpoints", distill.keep_checkpoints)
-    snapshot, notes = state.load(accelerator.device)
+    snapshot, notes = state.load(processes.device)
     for note in notes:
         reporter.note(note)
-    accelerator.wait_for_everyone()
+    processes.wait()
     resume_step = 0 if snapshot is None else snapshot.progress.step
-    metrics = MetricsFile(folder / "metrics.jsonl", resume_step) if accelerator.is_main_process else None
+    metrics = MetricsFile(folder / "metrics.jsonl", resume_step) if processes.is_first else None
     try:
         Trainer(
-            distill, job.data, student, teacher, sequences, state, metrics, accelerator, mixed, reporter, stop, seed
+            distill, job.data, student, teacher, sequences, state, metrics, processes, mixed, reporter, stop, seed
         ).train(snapshot)
     finally:
         if metrics is not None:
             metrics.close()
-    if accelerator.is_main_process:
+    if processes.is_first:
         provenance = {"settings": job.identity, "model": job.plan.model, "teacher": job.plan.fingerprint}
         with AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance) as out:
             save_adapter(student, out)
         for report in folder.glob("failure*.json"):  # of an earlier attempt
             report.unlink()
-    accelerator.wait_for_everyone()
+    processes.wait()
 
 
 def load_pair(
     converted: Path, plan: ConversionPlan, distill: Distill, mixed: bool, device: torch.device, offline: bool
 ) -> tuple[Student, Teacher]:
-    """The student with its adapters and the teacher, on the device; frozen weights that are equal exist once."""
+    """The student with its adapters and the teacher, on the device and in the form for training."""
     dtype: torch.dtype = getattr(torch, plan.dtype)
     frozen_dtype = torch.bfloat16 if mixed else torch.float32
     # What is trained starts from the checkpoint's own digits; only the frozen rest is rounded.
-    student = wrap(load_hybrid(converted, dtype=dtype).to(device), distill.lora, frozen_dtype=frozen_dtype)
-    teacher = Teacher(load_teacher(plan.teacher, dtype=dtype, offline=offline).to(device=device, dtype=frozen_dtype))
-    share_frozen_weights(student, teacher.model)
+    student = wrap(load_hybrid(converted, dtype=dtype), distill.lora, frozen_dtype=frozen_dtype)
+    teacher = Teacher(load_teacher(plan.teacher, dtype=dtype, offline=offline).to(frozen_dtype))
+    return prepare_pair(student, teacher, share=distill.share_weights, device=device)
+
+
+def prepare_pair(student: Student, teacher: Teacher, *, share: bool, device: torch.device) -> tuple[Student, Teacher]:
+    """Puts a student and its teacher on the device, what they have in common once, and into the training form."""
+    if share:
+        share_frozen_weights(student, teacher.model)
+    for model in (student.peft, teacher.model):  # tensors that are shared move once
+        model.to(device)
+    for model in (student.model, teacher.model):
+        use_packed_attention(model)
+        training_form.enter(model)
     return student, teacher
 
 

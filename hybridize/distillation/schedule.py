@@ -1,10 +1,37 @@
-"""What changes over the steps of a stage, as pure functions of the step: learning rates and the eviction budget."""
+"""What changes over the steps of a stage, as pure functions of the step: rates, the eviction budget, lengths."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from hybridize.recipe.schema import Ramp, Stage
+from hybridize.errors import RecipeError
+from hybridize.recipe.schema import Data, Ramp, Stage
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sequences of a micro-batch of one process, and tokens of a sequence."""
+
+    sequences: int
+    tokens: int
+
+
+def batch_shape(stage: Stage, data: Data, step: int) -> Shape:
+    """The shape of a micro-batch in step 0..steps-1.
+
+    Raises:
+        RecipeError: the curriculum's first length does not become the stage's by doubling.
+    """
+    tokens = stage.sequence_tokens or data.sequence_tokens
+    if stage.curriculum is None:
+        return Shape(stage.batch_sequences, tokens)
+    doublings = max(tokens // stage.curriculum.start_tokens, 1).bit_length() - 1
+    if stage.curriculum.start_tokens << doublings != tokens:
+        what = f"{stage.curriculum.start_tokens} tokens do not become {tokens} by doubling."
+        raise RecipeError(what, where=f"stage {stage.name}", hint=f"Begin with {tokens >> doublings}, for example.")
+    lengths_left = doublings - min(int(step / (stage.curriculum.end * stage.steps) * doublings), doublings)
+    return Shape(stage.batch_sequences << lengths_left, tokens >> lengths_left)
 
 
 def learning_rate_factor(stage: Stage, step: int) -> float:

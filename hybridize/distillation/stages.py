@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,14 +11,24 @@ from torch import Tensor, nn
 
 from hybridize.distillation.data import Batch
 from hybridize.distillation.lora import Group, Student
-from hybridize.distillation.losses import Head, distillation_terms, relative_error
-from hybridize.distillation.teacher import AttentionTrace, Teacher
+from hybridize.distillation.losses import Head, Target, distillation_terms, next_tokens, relative_error
+from hybridize.distillation.teacher import AttentionTrace
 from hybridize.mixers.base import Mixer
 from hybridize.recipe.schema import Stage
 
 Measured = dict[str, Tensor]
 """Named scalars without gradient. `layer_<i>` is the relative error of layer i and "error" the mean of all; "loss" is
 what was minimised."""
+
+
+class TeacherAnswers(Protocol):
+    """What a stage asks of the teacher, live or from a cache."""
+
+    def targets(self, batch: Batch) -> Target:
+        """What the student's next-token distributions are compared with."""
+
+    def trace(self, batch: Batch, layers: Iterable[int]) -> dict[int, AttentionTrace]:
+        """Input and output of the attention of these layers."""
 
 
 class Step(Protocol):
@@ -42,7 +53,12 @@ class TargetLearner(Protocol):
 
     auxiliary: dict[str, Tensor]
 
-    def align_targets(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Any:
+    def align_targets(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+    ) -> Any:
         """What a batch teaches; it does not change as the mixer learns."""
 
     def align_loss(self, targets: Any) -> Tensor:
@@ -67,14 +83,14 @@ class Align:
 
     groups: tuple[Group, ...] = ("mixers", "projections")
 
-    def __init__(self, stage: Stage, student: Student, teacher: Teacher, autocast: torch.autocast) -> None:
+    def __init__(self, stage: Stage, student: Student, teacher: TeacherAnswers, autocast: torch.autocast) -> None:
         self.stage, self.student, self.teacher, self.autocast = stage, student, teacher, autocast
         self.mixers = tuple(
             (index, mixer) for index, mixer in student.mixers if any(p.requires_grad for p in mixer.parameters())
         )
 
     def prepare(self, batch: Batch) -> dict[int, Captured]:
-        traces = self.teacher.trace(batch.tokens, [index for index, _ in self.mixers])
+        traces = self.teacher.trace(batch, [index for index, _ in self.mixers])
         return {index: Captured(trace) for index, trace in traces.items()}
 
     def backward(self, prepared: dict[int, Captured], share: float, *, measure: bool) -> Measured:
@@ -106,11 +122,11 @@ class Align:
         trace = captured.trace
         with self.autocast:
             if not isinstance(mixer, TargetLearner):
-                out, _ = mixer(trace.hidden_states, position_embeddings=trace.position_embeddings)
+                out, _ = mixer(**trace.inputs())
                 return relative_error(out, trace.output), {}
             targets = captured.targets
             if targets is None:
-                targets = mixer.align_targets(trace.hidden_states, trace.position_embeddings)
+                targets = mixer.align_targets(**trace.inputs())
                 if self.stage.passes > 1:
                     captured.targets = targets
             loss = mixer.align_loss(targets)
@@ -121,7 +137,7 @@ class Align:
         """The relative error of the output as in inference, at the final settings."""
         mixer.eval()
         with self.autocast:
-            out, _ = mixer(trace.hidden_states, position_embeddings=trace.position_embeddings)
+            out, _ = mixer(**trace.inputs())
         mixer.train()
         return relative_error(out, trace.output)
 
@@ -141,21 +157,21 @@ class Distil:
 
     groups: tuple[Group, ...] = ("mixers", "projections", "adapters")
 
-    def __init__(self, stage: Stage, student: Student, teacher: Teacher, autocast: torch.autocast) -> None:
+    def __init__(self, stage: Stage, student: Student, teacher: TeacherAnswers, autocast: torch.autocast) -> None:
         self.stage, self.student, self.teacher, self.autocast = stage, student, teacher, autocast
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.tokens, self.teacher.last_hidden(batch.tokens)
+    def prepare(self, batch: Batch) -> tuple[Batch, Target]:
+        return batch, self.teacher.targets(batch)
 
-    def backward(self, prepared: tuple[Tensor, Tensor], share: float, *, measure: bool) -> Measured:
-        tokens, teacher_hidden = prepared
+    def backward(self, prepared: tuple[Batch, Target], share: float, *, measure: bool) -> Measured:
+        batch, target = prepared
         model = self.student.model
         with self.autocast:
-            hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state
         student = Head(hidden, model.lm_head.weight, model.lm_head.bias)
-        head = self.teacher.model.lm_head
-        teacher = Head(teacher_hidden, head.weight, head.bias)
-        loss, measured = distillation_terms(self.stage.objective, student, teacher, tokens, measure=measure)
+        objective = self.stage.objective
+        labels = next_tokens(batch.tokens, batch.labels_mask) if objective.cross_entropy else None
+        loss, measured = distillation_terms(objective, student, target, labels, measure=measure)
         found: dict[str, list[Tensor]] = {}
         for _, mixer in self.student.mixers:
             for name, value in mixer.auxiliary.items():
@@ -172,7 +188,7 @@ class Distil:
         return [[parameter for parameter in self.student.trained().values() if parameter.requires_grad]]
 
 
-def make_step(stage: Stage, student: Student, teacher: Teacher, autocast: torch.autocast) -> Step:
+def make_step(stage: Stage, student: Student, teacher: TeacherAnswers, autocast: torch.autocast) -> Step:
     """The step of a stage, with its parameters unfrozen."""
     kind = Align if stage.kind == "align" else Distil
     student.train_only(kind.groups)

@@ -1,23 +1,33 @@
-"""The training loop: stages of optimiser steps, each of micro-batches; saved, stopped and resumed between two steps."""
+"""The training loop: stages of optimiser steps, each of micro-batches; saved, stopped and resumed between two steps.
+
+The host only queues work: batches are made a step ahead, numbers are read a step behind. A loss or gradient that is not
+finite raises a flag on the device, and from then on the optimiser changes nothing; the host learns of it before
+anything is saved.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridize.checkpoint import fault_point
+from hybridize.distillation.ahead import Ahead
 from hybridize.distillation.data import Batch, PackedSequences
-from hybridize.distillation.failure import failure_name, first_bad_layer, random_digests, write_failure
+from hybridize.distillation.failure import fail
+from hybridize.distillation.gradients import clip
+from hybridize.distillation.late_numbers import LateNumbers
+from hybridize.distillation.log import StepLog, StepNote, mixer_numbers
 from hybridize.distillation.lora import Student
 from hybridize.distillation.metrics import MetricsFile
-from hybridize.distillation.processes import any_process, gather_random_states, restore_random_state
+from hybridize.distillation.processes import Processes
+from hybridize.distillation.recomputation import layers_by_need, observed_once
 from hybridize.distillation.run_state import (
     Progress,
     RunState,
@@ -26,15 +36,20 @@ from hybridize.distillation.run_state import (
     optimizer_tensors,
     restore_random_states,
 )
-from hybridize.distillation.schedule import learning_rates, ramp_progress
+from hybridize.distillation.schedule import Shape, batch_shape, learning_rates, ramp_progress
 from hybridize.distillation.signals import StopRequest
-from hybridize.distillation.stages import Step, make_step
-from hybridize.distillation.teacher import Teacher
-from hybridize.errors import InterruptedError_, NumbersError, RecipeError, StoppedError
-from hybridize.progress import Reporter, Task
+from hybridize.distillation.stages import Measured, Step, TeacherAnswers, make_step
+from hybridize.distillation.teacher_cache import CachedTeacher
+from hybridize.errors import InterruptedError_, RecipeError, StoppedError
+from hybridize.model.training_form import checkpointed
+from hybridize.progress import Reporter
 from hybridize.recipe.schema import Data, Distill, Stage
 
 BETAS = (0.9, 0.95)
+BAD, OWN_BAD, STOP = "bad", "own_bad", "stop"
+"""Flags among a step's numbers: something is not finite, it is a loss of this process, a process is asked to stop."""
+LateSteps = LateNumbers[tuple[StepNote, Progress]]
+"""Steps whose numbers are still on the device: what the host knows of each, and where the run is after it."""
 MEASURE_EVERY_STEPS = 10
 """Measurements that cost time are taken this often, in steps that are logged."""
 
@@ -53,7 +68,7 @@ class Trainer:
 
     Attributes:
         metrics: where steps are written; None in all processes but the first.
-        accelerator: an `accelerate.Accelerator`: the device, the processes, and what is summed over them.
+        processes: what is agreed upon and summed over all processes.
         mixed: forward and backward in bfloat16.
         stop: asks for a save and an end at the next step edge.
         seed: that the processes' own randomness starts from.
@@ -62,11 +77,11 @@ class Trainer:
     distill: Distill
     data: Data
     student: Student
-    teacher: Teacher
+    teacher: TeacherAnswers
     sequences: PackedSequences
     state: RunState
     metrics: MetricsFile | None
-    accelerator: Any
+    processes: Processes
     mixed: bool
     reporter: Reporter
     stop: StopRequest
@@ -86,14 +101,19 @@ class Trainer:
         self.progress = Progress(0, 0, 0, self.sequences.state_dict(), 0, 0.0)
         if snapshot is not None:
             self._restore(snapshot)
-        for index in range(self.progress.stage, len(self.distill.stages)):
-            self._train_stage(index, self.distill.stages[index])
+        self._bad = torch.zeros((), device=self.processes.device)
+        self._stop_seen = self.processes.any(bool(self.stop))
+        self._edge = time.perf_counter()
+        with Ahead(self.sequences) as ahead:
+            for index in range(self.progress.stage, len(self.distill.stages)):
+                self._train_stage(index, ahead)
         self._schedule_mixers(1.0, self.data.sequence_tokens)
         self.student.model.eval()
 
     # One stage.
 
-    def _train_stage(self, index: int, stage: Stage) -> None:
+    def _train_stage(self, index: int, ahead: Ahead) -> None:
+        stage = self.distill.stages[index]
         step = make_step(stage, self.student, self.teacher, self._autocast())
         self.student.model.train()
         self._set_gradient_checkpointing(stage)
@@ -102,34 +122,82 @@ class Trainer:
         if self._resumed is not None:
             load_optimizer(optimizer, self.student.trained(), self._resumed.tensors)
             self._resumed = None
+        numbers: LateSteps = LateNumbers(self.processes.device)
         micros: list[Micro] = []
         with self.reporter.task(f"{stage.name} ({stage.kind})", stage.steps) as task:
             if first:
                 task.advance(first)
+            log = StepLog(self.metrics, task)
             for stage_step in range(first, stage.steps):
-                self._stop_if_asked(optimizer)
+                self._stop_if_asked(optimizer, numbers, log)
                 fault_point("step-start")
-                begun = time.perf_counter()
-                use = stage_step % stage.passes if stage.kind == "align" else 0
+                use = _use(stage, stage_step)
                 if use == 0 or not micros:
-                    micros = [Micro(self._next_batch(stage)) for _ in range(stage.accumulate)]
-                measured = self._step(stage, stage_step, step, micros, optimizer)
-                last_use = stage.kind != "align" or use == stage.passes - 1
-                self._advance(index, stage, stage_step, begun, fresh=use == 0, used_up=last_use)
-                self._log(stage, stage_step, measured, time.perf_counter() - begun, task)
+                    fetched = ahead.take(*self._wanted(index, stage_step), self._following(index, stage_step))
+                    micros = [Micro(batch.to(self.processes.device)) for batch in fetched.batches]
+                note, scalars = self._step(stage, stage_step, step, micros, optimizer)
+                used_up = _use(stage, stage_step + 1) == 0 or stage_step + 1 == stage.steps
+                self._advance(index, stage_step, fetched.place if used_up else None, fresh=use == 0)
+                numbers.put((note, self.progress), scalars)
+                self._read(numbers, log)
                 if self.progress.step % self.distill.save_every_steps == 0 or stage_step + 1 == stage.steps:
-                    self._save(optimizer)
+                    self._save(optimizer, numbers, log)
+
+    def _wanted(self, index: int, stage_step: int) -> tuple[Shape, int]:
+        """Shape and number of the micro-batches of a step."""
+        stage = self.distill.stages[index]
+        return batch_shape(stage, self.data, stage_step), stage.accumulate
+
+    def _following(self, index: int, stage_step: int) -> tuple[Shape, int] | None:
+        """The same for the next step that takes new ones."""
+        stage = self.distill.stages[index]
+        stage_step += 1
+        while _use(stage, stage_step):
+            stage_step += 1
+        if stage_step < stage.steps:
+            return self._wanted(index, stage_step)
+        return self._wanted(index + 1, 0) if index + 1 < len(self.distill.stages) else None
 
     def _step(
         self, stage: Stage, stage_step: int, step: Step, micros: Sequence[Micro], optimizer: torch.optim.Optimizer
-    ) -> dict[str, float]:
-        sequence_tokens = stage.sequence_tokens or self.data.sequence_tokens
-        self._schedule_mixers(ramp_progress(stage.budget_ramp, stage_step, stage.steps), sequence_tokens)
+    ) -> tuple[StepNote, dict[str, Tensor]]:
+        """Queues a step; returns what is known of it, and its numbers on the device."""
+        shape = batch_shape(stage, self.data, stage_step)
+        self._schedule_mixers(ramp_progress(stage.budget_ramp, stage_step, stage.steps), shape.tokens)
         rates = learning_rates(stage, stage_step)
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]]
         optimizer.zero_grad(set_to_none=True)
-        summed: dict[str, Tensor] = {}
+        measured = self._backward(stage, stage_step, step, micros)
+        groups = step.clip_groups()
+        self.processes.average_gradients(parameter for group in groups for parameter in group)
+        norms = clip(groups, stage.clip_norm)
+        numbers = self._agree(measured, norms.total)
+        optimizer.step()
+        for _, mixer in self.student.mixers:
+            mixer.after_step()
+        logged = self._is_logged(stage, stage_step)
+        metrics = {index: mixer.metrics() for index, mixer in self.student.mixers} if logged else {}
+        note = StepNote(
+            stage=stage,
+            stage_step=stage_step + 1,
+            step=self.progress.step + 1,
+            tokens=shape.sequences * shape.tokens * len(micros) * self.processes.count,
+            batches=tuple(micro.batch for micro in micros),
+            rates={group["name"]: group["lr"] for group in optimizer.param_groups},
+            norms=norms,
+            mixers={
+                index: {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+                for index, named in metrics.items()
+                if named
+            },
+            logged=logged,
+        )
+        return note, numbers | mixer_numbers(metrics)
+
+    def _backward(self, stage: Stage, stage_step: int, step: Step, micros: Sequence[Micro]) -> Measured:
+        """The gradient of a step, summed over its micro-batches; the means of what was measured."""
+        summed: Measured = {}
         reused = stage.kind == "align" and stage.passes > 1
         measure = self._measures(stage, stage_step)
         for number, micro in enumerate(micros):
@@ -138,25 +206,29 @@ class Trainer:
             prepared = step.prepare(micro.batch) if micro.prepared is None else micro.prepared
             if reused:
                 micro.prepared = prepared
-            for name, value in step.backward(prepared, 1 / len(micros), measure=measure).items():
+            with observed_once(self.student):
+                measured = step.backward(prepared, 1 / len(micros), measure=measure)
+            for name, value in measured.items():
                 summed[name] = summed.get(name, 0.0) + value / len(micros)
-        measured = {name: float(value) for name, value in summed.items()}
-        self._require_finite_losses(measured, stage, micros)
-        measured["grad_norm"] = self._clip(stage, step, micros)
-        optimizer.step()
-        for _, mixer in self.student.mixers:
-            mixer.after_step()
-        return measured | {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+        return summed
+
+    def _agree(self, measured: Measured, norm: Tensor) -> dict[str, Tensor]:
+        """Means over the processes; what is not finite anywhere stops every optimiser from this step on."""
+        own = torch.stack([value.detach().float() for value in measured.values()])
+        own_bad = 1 - own.isfinite().all().float()
+        stop = torch.full_like(own_bad, float(bool(self.stop)))
+        *means, bad, stop = self.processes.sum(torch.cat((own, torch.stack((own_bad, stop))))) / self.processes.count
+        self._bad.copy_(torch.maximum(self._bad, torch.maximum(bad.ceil(), 1 - norm.isfinite().float())))
+        numbers = dict(zip(measured, means, strict=True))
+        return numbers | {"grad_norm": norm, BAD: self._bad, OWN_BAD: own_bad, STOP: stop}
+
+    def _is_logged(self, stage: Stage, stage_step: int) -> bool:
+        return (self.progress.step + 1) % self.distill.log_every_steps == 0 or stage_step + 1 == stage.steps
 
     def _measures(self, stage: Stage, stage_step: int) -> bool:
         log_every = self.distill.log_every_steps
         every = log_every * math.ceil(MEASURE_EVERY_STEPS / log_every)
         return stage_step == 0 or stage_step + 1 == stage.steps or (self.progress.step + 1) % every == 0
-
-    def _next_batch(self, stage: Stage) -> Batch:
-        tokens = stage.sequence_tokens or self.data.sequence_tokens
-        batch = self.sequences.next_batch(stage.batch_sequences, tokens)
-        return replace(batch, tokens=batch.tokens.to(self.accelerator.device))
 
     def _optimizer(self, stage: Stage, step: Step) -> torch.optim.Optimizer:
         groups = self.student.train_only(step.groups)
@@ -166,136 +238,59 @@ class Trainer:
                 "No layer has a parameter that this stage trains.", where=f"stage {stage.name}", hint=hint
             )
         parameters = [{"name": name, "params": list(named.values()), "lr": 0.0} for name, named in groups.items()]
-        return torch.optim.AdamW(parameters, betas=BETAS, weight_decay=stage.weight_decay)
-
-    def _clip(self, stage: Stage, step: Step, micros: Sequence[Micro]) -> float:
-        """Clips, and returns the norm of the whole gradient."""
-        groups = step.clip_groups()
-        if self.accelerator.num_processes > 1:
-            for parameter in (p for group in groups for p in group if p.grad is not None):
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        norms = []
-        for group in groups:
-            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            if not math.isfinite(norm):
-                name = self._first_bad_gradient()
-                self._fail(f"The gradient of {name} is not finite", stage, micros, {"parameter": name})
-            nn.utils.clip_grads_with_norm_(group, stage.clip_norm, norm)
-            norms.append(float(norm))
-        return math.sqrt(sum(norm**2 for norm in norms))
-
-    def _first_bad_gradient(self) -> str:
-        """Name of the first trained parameter with NaN or Inf in its gradient, before anything was clipped."""
-        trained = self.student.trained().items()
-        bad = (name for name, p in trained if p.grad is not None and not bool(p.grad.isfinite().all()))
-        return next(bad, "all parameters together")
+        optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=stage.weight_decay, fused=True)
+        optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # fused optimisers skip a step where it is 1
+        return optimizer
 
     def _schedule_mixers(self, progress: float, sequence_tokens: int) -> None:
         for _, mixer in self.student.mixers:
             mixer.schedule(progress, sequence_tokens)
 
     def _set_gradient_checkpointing(self, stage: Stage) -> None:
-        if self.distill.gradient_checkpointing:
-            set_gradient_checkpointing(self.student.model, stage.kind != "align")
+        wanted = self.distill.gradient_checkpointing
+        layers: Iterable[int] = ()
+        if stage.kind != "align" and wanted == "auto":
+            # By the teacher itself: what is asked here is not worth storing.
+            teacher = self.teacher.teacher if isinstance(self.teacher, CachedTeacher) else self.teacher
+            step = make_step(stage, self.student, teacher, self._autocast())
+            layers = layers_by_need(stage, self.data, self.student, step, self.processes, self.reporter)
+        elif stage.kind != "align" and wanted:
+            layers = range(self.student.model.config.num_hidden_layers)
+        checkpointed(self.student.model, layers)
 
     def _autocast(self) -> Any:
-        device = self.accelerator.device.type
+        device = self.processes.device.type
         return torch.autocast(device, dtype=torch.bfloat16) if self.mixed else nullcontext()
 
-    # Numbers.
+    # Numbers, progress, saving, stopping.
 
-    def _require_finite_losses(self, measured: dict[str, float], stage: Stage, micros: Sequence[Micro]) -> None:
-        bad = [name for name, value in measured.items() if not math.isfinite(value)]
-        failed = any_process(self.accelerator, bool(bad))  # else the others would wait for this one
-        if bad:
-            bad.sort(key=lambda name: name in ("loss", "error"))  # sums and means say less than their parts
-            what = f"{bad[0].replace('_', ' ').capitalize()} is not finite ({measured[bad[0]]})"
-            self._fail(what, stage, micros, {"losses": measured})
-        if failed:
-            where = f"stage {stage.name}, step {self.progress.stage_step + 1}"
-            raise NumbersError("A loss in another process is not finite; that process says which.", where=where)
+    def _read(self, numbers: LateSteps, log: StepLog, *, everything: bool = False) -> None:
+        for (note, progress), found in numbers.read(everything=everything):
+            flags = {name: found.pop(name) for name in (BAD, OWN_BAD, STOP)}
+            if flags[BAD]:
+                folder, own_loss = self.state.folder.parent, bool(flags[OWN_BAD])
+                fail(folder, note, found, self.student, self.processes, self._autocast(), own_loss=own_loss)
+            self._stop_seen |= flags[STOP] > 0
+            log.write(note, found, progress)
 
-    def _fail(self, what: str, stage: Stage, micros: Sequence[Micro], found: dict[str, Any]) -> None:
-        """Writes all that is known to a file beside the checkpoints, and raises the part that fits a sentence."""
-        documents = list(dict.fromkeys(identity for micro in micros for identity in micro.batch.documents))
-        path = self.state.folder.parent / failure_name(self.accelerator.process_index)
-        digests = random_digests()
-        layer = None
-        if "parameter" not in found:
-            named = [name for name, value in found["losses"].items() if not math.isfinite(value)]
-            layers = [int(name.removeprefix("layer_")) for name in named if name.startswith("layer_")]
-            layer = layers[0] if layers else self._first_bad_layer(micros)
-        facts = {
-            "what": what,
-            "stage": stage.name,
-            "stage_step": self.progress.stage_step + 1,
-            "step": self.progress.step + 1,
-            "layer": layer,
-            **found,
-            "documents": documents,
-            "learning_rates": learning_rates(stage, self.progress.stage_step),
-            "random_states": digests,
-        }
-        write_failure(path, facts)
-        shown = ", ".join(documents[:4]) + (f" and {len(documents) - 4} more" if len(documents) > 4 else "")
-        where = f"stage {stage.name}, step {self.progress.stage_step + 1}"
-        file = f"{path.parent.name}/{path.name}"
-        hint = f"See {file}; lower the learning rate, or look at the documents. The state saved before is untouched."
-        raise NumbersError(f"{what}; the batch holds {shown}.", where=where, hint=hint)
-
-    def _first_bad_layer(self, micros: Sequence[Micro]) -> int | None:
-        """Of the student as it is now."""
-        with self._autocast():
-            return first_bad_layer(self.student.model, [micro.batch.tokens for micro in micros])
-
-    # Progress, saving, stopping.
-
-    def _advance(self, index: int, stage: Stage, stage_step: int, begun: float, *, fresh: bool, used_up: bool) -> None:
-        sequences = stage.batch_sequences * stage.accumulate * self.accelerator.num_processes
-        tokens = sequences * (stage.sequence_tokens or self.data.sequence_tokens)
-        ended = stage_step + 1 == stage.steps
+    def _advance(self, index: int, stage_step: int, place: dict[str, Any] | None, *, fresh: bool) -> None:
+        """Counts a step; `place` is that in the data after its micro-batches, None if they will be used again."""
+        shape, count = self._wanted(index, stage_step)
+        ended = stage_step + 1 == self.distill.stages[index].steps
+        now = time.perf_counter()
         self.progress = Progress(
             step=self.progress.step + 1,
             stage=index + 1 if ended else index,
             stage_step=0 if ended else stage_step + 1,
-            data=self.sequences.state_dict() if used_up or ended else self.progress.data,
-            tokens=self.progress.tokens + (tokens if fresh else 0),
-            seconds=self.progress.seconds + time.perf_counter() - begun,
+            data=self.progress.data if place is None else place,
+            tokens=self.progress.tokens + fresh * shape.sequences * shape.tokens * count * self.processes.count,
+            seconds=self.progress.seconds + now - self._edge,
         )
+        self._edge = now
 
-    def _log(self, stage: Stage, stage_step: int, measured: dict[str, float], seconds: float, task: Task) -> None:
-        tokens = stage.batch_sequences * stage.accumulate * (stage.sequence_tokens or self.data.sequence_tokens)
-        tokens_per_s = tokens * self.accelerator.num_processes / seconds
-        mixers = {str(index): metrics for index, mixer in self.student.mixers if (metrics := mixer.metrics())}
-        kept = [metrics["kept_tokens_mean"] for metrics in mixers.values() if "kept_tokens_mean" in metrics]
-        fields = {"loss": f"{measured['loss']:.4g}", "tokens/s": f"{tokens_per_s:,.0f}"}
-        if "error" in measured:
-            fields["error"] = f"{measured['error']:.3g}"
-        if kept:
-            fields["kept"] = f"{sum(kept) / len(kept):.0f}"
-        task.advance(1, **fields)
-        is_last = stage_step + 1 == stage.steps
-        if self.metrics is None or (self.progress.step % self.distill.log_every_steps and not is_last):
-            return
-        losses = {name: value for name, value in measured.items() if not name.startswith("layer_")}
-        layers = {name.removeprefix("layer_"): v for name, v in measured.items() if name.startswith("layer_")}
-        self.metrics.write(
-            {
-                "step": self.progress.step,
-                "stage": stage.name,
-                "stage_step": stage_step + 1,
-                **losses,
-                **({"layers": layers} if layers else {}),
-                **({"mixers": mixers} if mixers else {}),
-                "tokens": self.progress.tokens,
-                "tokens_per_s": round(tokens_per_s, 1),
-                "seconds": round(self.progress.seconds, 3),
-            }
-        )
-
-    def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        others = gather_random_states(self.accelerator) if self.saved_step < self.progress.step else {}
+    def _save(self, optimizer: torch.optim.Optimizer, numbers: LateSteps, log: StepLog) -> None:
+        self._read(numbers, log, everything=True)
+        others = self.processes.gather_random_states() if self.saved_step < self.progress.step else {}
         if self.metrics is not None and self.saved_step < self.progress.step:
             trained = self.student.trained()
             names = {id(parameter): name for name, parameter in trained.items()}
@@ -306,14 +301,14 @@ class Trainer:
             self.metrics.sync()
             self.state.save(self.progress, tensors | (optimizer_tensors(optimizer, names) if stage_goes_on else {}))
         self.saved_step = self.progress.step
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def _restore(self, snapshot: Snapshot) -> None:
         self.progress = snapshot.progress
         self.saved_step = snapshot.progress.step
         self.sequences.load_state_dict(snapshot.progress.data)
         restore_random_states(snapshot.random_states, snapshot.tensors)
-        restore_random_state(self.accelerator, snapshot.tensors, self.seed)
+        self.processes.restore_random_state(snapshot.tensors, self.seed)
         own: dict[str, Tensor] = {f"model.{name}": p for name, p in self.student.trained().items()}
         own |= {f"buffer.{name}": buffer for name, buffer in self.student.buffers.items()}
         with torch.no_grad():
@@ -321,21 +316,17 @@ class Trainer:
                 tensor.copy_(snapshot.tensors[name])
         self._resumed = snapshot
 
-    def _stop_if_asked(self, optimizer: torch.optim.Optimizer) -> None:
-        if not any_process(self.accelerator, bool(self.stop)):  # it may reach the processes in different steps
+    def _stop_if_asked(self, optimizer: torch.optim.Optimizer, numbers: LateSteps, log: StepLog) -> None:
+        # A signal may reach the processes in different steps: of several, all go by what they told each other.
+        if not (self._stop_seen if self.processes.count > 1 else self.stop):
             return
         name = self.stop.name
         if self.progress.step == 0:
             raise InterruptedError_(f"Stopped by {name} before the first step.", hint="Run the same command to begin.")
-        self._save(optimizer)
+        self._save(optimizer, numbers, log)
         raise StoppedError(f"Stopped by {name} after step {self.progress.step}; the state is saved.")
 
 
-def set_gradient_checkpointing(model: Any, on: bool) -> None:
-    """Turns recomputation in the backward pass on or off, by whichever name this transformers has for it."""
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
-        getattr(model, f"{word}_checkpointing_enable")(**options)
-    else:
-        getattr(model, f"{word}_checkpointing_disable")()
+def _use(stage: Stage, stage_step: int) -> int:
+    """How many times the micro-batches of a step were used before."""
+    return stage_step % stage.passes if stage.kind == "align" else 0

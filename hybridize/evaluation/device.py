@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybridize.model.precision import computes_bfloat16
-from hybridize.recipe.schema import Precision
+from hybridize.recipe.probes import Precision
 
 
 def pick_device() -> torch.device:

@@ -20,7 +20,7 @@ from hybridize.evaluation.state_bytes import state_bytes
 from hybridize.evaluation.windows import Window, make_windows
 from hybridize.progress import SILENT, Reporter
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import Evaluate, PerplexityProbe, RecallProbe
+from hybridize.recipe.probes import Evaluate, PerplexityProbe, RecallProbe
 
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ import torch
 from hybridize.checkpoint import resolve_source, sha256_file, source_fingerprint
 from hybridize.evaluation.windows import document_records
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import Evaluate
+from hybridize.recipe.probes import Evaluate
 
 _PACKAGES = ("hybridize", "torch", "transformers", "triton", "tokenizers", "safetensors")
 

@@ -10,7 +10,7 @@ from hybridize.evaluation.generation import greedy, prompt_ids
 from hybridize.evaluation.needles import KINDS, Needle, make_needle
 from hybridize.evaluation.statistics import wilson_interval
 from hybridize.progress import Task
-from hybridize.recipe.schema import RecallProbe
+from hybridize.recipe.probes import RecallProbe
 
 NUMBER_TOKENS = 10
 """Tokens that an answer may take; more where the tokenizer needs more for the value itself."""

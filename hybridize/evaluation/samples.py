@@ -6,7 +6,7 @@ from typing import Any
 
 from hybridize.evaluation.generation import greedy, prompt_ids
 from hybridize.progress import Task
-from hybridize.recipe.schema import SamplesProbe
+from hybridize.recipe.probes import SamplesProbe
 
 
 def samples(models: dict[str, Any], tokenizer: Any, settings: SamplesProbe, *, task: Task) -> dict[str, Any]:

@@ -6,6 +6,7 @@ split, positions under padding and the cache; `mix` does what makes one mixer di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,29 +16,27 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from hybridize.errors import UsageError
 from hybridize.families.base import AttentionGeometry, AttentionView
 from hybridize.mixers.configs.base import MixerConfig
+from hybridize.mixers.parts.documents import document_positions
 from hybridize.mixers.parts.slots import make_writable
+from hybridize_kernels import rotary
 
 NEW_PARAMETERS = "hz_new"
 """Name of the submodule that holds a mixer's new parameters: LoRA, saving and loading find them by it."""
 
 
 class Rope:
-    """Rotary position embedding for tensors [B, T, H, D].
+    """Rotary position embedding for queries and keys [B, T, H, D].
 
     Args:
         cos, sin: [B or 1, T, R] with R <= D rotated dimensions, as transformers' rotary modules return them.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos = cos.unsqueeze(2)  # [B, T, 1, R]
-        self.sin = sin.unsqueeze(2)
+        self.cos, self.sin = cos, sin
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rotated_size = self.cos.shape[-1]
-        rotated, passed = x[..., :rotated_size], x[..., rotated_size:]
-        first, second = rotated.chunk(2, dim=-1)
-        turned = rotated * self.cos + torch.cat((-second, first), dim=-1) * self.sin
-        return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Both rotated, each in its own dtype."""
+        return rotary(q, k, self.cos, self.sin)
 
 
 class MixerState(CacheLayerMixin):
@@ -133,6 +132,20 @@ class MixerState(CacheLayerMixin):
         self.tensors = {name: t.to(self._devices[name], non_blocking=True) for name, t in self.tensors.items()}
 
 
+def refuse_packing_with(cache: Any, batch: int) -> None:
+    """Raises UsageError where packed documents meet a cache or several rows."""
+    if cache is not None:
+        raise UsageError(
+            "packed documents (cu_seqlens) cannot be read into a cache: it would hold the state of the last alone.",
+            hint="Pass use_cache=False, or the documents as rows of a padded batch.",
+        )
+    if batch != 1:
+        raise UsageError(
+            f"packed documents (cu_seqlens) lie in one row, not in {batch}.",
+            hint="Lay the rows end to end, with their edges among the bounds.",
+        )
+
+
 class Mixer(nn.Module):
     """Base of the mixers.
 
@@ -148,6 +161,11 @@ class Mixer(nn.Module):
     """
 
     config_class: ClassVar[type[MixerConfig]]
+
+    @staticmethod
+    def project(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """What linear layers make of one input [B, T, width]; the training form puts a faster one in this place."""
+        return tuple(module(x) for module in modules)
 
     def __init__(
         self,
@@ -221,6 +239,7 @@ class Mixer(nn.Module):
         rope: Rope,
         state: MixerState | None,
         positions: Tensor,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Moves information between positions.
 
@@ -230,6 +249,8 @@ class Mixer(nn.Module):
             rope: applies the rotary embedding to [B, T, *, D].
             state: None in training; else it is read and written: prefill, append or decode by T.
             positions: [B, T] index of each token among the real tokens of its row, -1 for padding.
+            cu_seqlens: [N + 1] int32, the bounds of documents packed into one row, or None. Nothing passes between
+                two documents, positions count in each, B is 1, there is no padding and `state` is None.
 
         Returns:
             [B, T, HQ, D], and named auxiliary losses (scalars), empty outside training.
@@ -264,6 +285,7 @@ class Mixer(nn.Module):
         cache: Any = None,
         token_positions: Tensor | None = None,
         past_key_values: Any = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The signature of transformers' attention modules; `attention_mask` is unused (see `token_positions`).
@@ -273,18 +295,25 @@ class Mixer(nn.Module):
             position_embeddings: (cos, sin), each [B or 1, T, R].
             cache: a transformers cache, or None in training. past_key_values: its name before transformers 5.24.
             token_positions: [B, T] as in `mix`; None means that nothing is padding.
+            cu_seqlens: [N + 1] as in `mix`, on the device of hidden_states; token_positions, if given, count in each.
+
+        Raises:
+            UsageError: documents are packed into several rows, or come with a cache.
         """
         cache = past_key_values if cache is None else cache
         batch, num_tokens, _ = hidden_states.shape
+        if cu_seqlens is not None:
+            refuse_packing_with(cache, batch)
         head_size = self.geometry.head_size
-        q = self.q_proj(hidden_states).view(batch, num_tokens, -1, head_size)
-        k = self.k_proj(hidden_states).view(batch, num_tokens, -1, head_size)
-        v = self.v_proj(hidden_states).view(batch, num_tokens, -1, head_size)
+        projected = self.project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.view(batch, num_tokens, -1, head_size) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         state = None if cache is None else self.claim_state(cache, batch, k)
-        self.padded = token_positions is not None
-        if token_positions is None:
+        self.padded = token_positions is not None and cu_seqlens is None
+        if token_positions is None and cu_seqlens is not None:
+            token_positions = document_positions(cu_seqlens, num_tokens)
+        elif token_positions is None:
             first = 0 if state is None else state.seen_tokens
             token_positions = torch.arange(first, first + num_tokens, device=q.device).expand(batch, -1)
         elif state is not None and num_tokens > 1:
@@ -292,11 +321,12 @@ class Mixer(nn.Module):
             self.padded = bool((token_positions < 0).any())
             state.seen_padding |= self.padded
         assert position_embeddings is not None
-        out, auxiliary = self.mix(q, k, v, hidden_states, Rope(*position_embeddings), state, token_positions)
+        rope = Rope(*position_embeddings)
+        out, auxiliary = self.mix(q, k, v, hidden_states, rope, state, token_positions, cu_seqlens)
         self.auxiliary = auxiliary
         if state is not None:
             state.seen_tokens += num_tokens
-        return self.o_proj(out.reshape(batch, num_tokens, -1)), None
+        return self.project(out.reshape(batch, num_tokens, -1), (self.o_proj,))[0], None
 
     def claim_state(self, cache: Any, batch: int, like: Tensor) -> MixerState:
         """This mixer's layer of the cache, made on first use.

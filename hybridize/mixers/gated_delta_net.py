@@ -132,6 +132,7 @@ class GatedDeltaNet(Mixer):
         rope: Rope,
         state: MixerState | None,
         positions: Tensor,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         real = positions >= 0 if self.padded else None
         if state is not None:
@@ -139,11 +140,11 @@ class GatedDeltaNet(Mixer):
             if q.shape[1] <= STEP_TOKENS and not torch.is_grad_enabled():
                 return self._step(q, k, v, hidden_states, rope, state, real), {}
         if self.config.short_convolution:
-            q, k, v = self._convolve(q, k, v, state, real)
+            q, k, v = self._convolve(q, k, v, state, real, cu_seqlens)
         elif real is not None:  # padding may hold anything, and 0 · NaN is NaN; a convolution leaves zeros there
             q, k, v = (torch.where(real[..., None, None], x, 0.0) for x in (q, k, v))
         if self.config.rope:
-            q, k = rope(q).to(v.dtype), rope(k).to(v.dtype)  # under autocast the rotation is in fp32
+            q, k = rope(q, k)
         log_decay, beta = self.new.gates(hidden_states, real)
         # Query head n reads key head n // G, as in the teacher: the op takes grouped heads as they are.
         out, recurrent = gated_delta_rule(
@@ -156,6 +157,7 @@ class GatedDeltaNet(Mixer):
             initial_state=None if state is None else state["recurrent"],
             output_final_state=state is not None,
             normalize_qk=True,
+            cu_seqlens=cu_seqlens,
         )
         if state is not None and recurrent is not None:
             _put(state, "recurrent", recurrent)
@@ -177,7 +179,7 @@ class GatedDeltaNet(Mixer):
         if self.config.short_convolution:
             q, k, v = short_convolution_step((q, k, v), (new.q_taps, new.k_taps, new.v_taps), state["tail"], real)
         if self.config.rope:
-            q, k = rope(q), rope(k)
+            q, k = rope(q, k)
         return gated_delta_rule_step(
             q,
             k,
@@ -207,12 +209,21 @@ class GatedDeltaNet(Mixer):
         return MixerState(tensors)
 
     def _convolve(
-        self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, real: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: MixerState | None,
+        real: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Causal convolution over the real tokens of each row; padding between them is stepped over."""
         xs, taps = (q, k, v), (self.new.q_taps, self.new.k_taps, self.new.v_taps)
         if state is None:
-            first, second, third = (short_convolution(x, w, real=real)[0] for x, w in zip(xs, taps, strict=True))
+            first, second, third = (
+                short_convolution(x, weight, real=real, cu_seqlens=cu_seqlens)[0]
+                for x, weight in zip(xs, taps, strict=True)
+            )
             return first, second, third
         tail = state["tail"]
         parts = tail.split([weight.shape[0] for weight in taps], dim=2)

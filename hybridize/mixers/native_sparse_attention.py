@@ -85,11 +85,12 @@ class NativeSparseAttention(Mixer):
         rope: Rope,
         state: MixerState | None,
         positions: Tensor,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        q, k = rope(q).to(v.dtype), rope(k).to(v.dtype)  # under autocast the rotation is in fp32
+        q, k = rope(q, k)
         gates = self.new(hidden_states)
         if state is None:
-            return self._attend(q, k, v, gates, positions), {}
+            return self._attend(q, k, v, gates, positions, cu_seqlens), {}
         assert isinstance(state, PositionState)
         make_writable(state.tensors)
         state.make_room(self.config.capacity(state.seen_tokens + q.shape[1]))
@@ -119,11 +120,21 @@ class NativeSparseAttention(Mixer):
             "scale": self.scale,
         }
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, positions: Tensor) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Over these tokens alone."""
         in_order = positions if self.padded else None
         return native_sparse_attention(
-            q, k, v, gates, query_positions=in_order, key_positions=in_order, **self._options, **self.new.pooling
+            q,
+            k,
+            v,
+            gates,
+            query_positions=in_order,
+            key_positions=in_order,
+            cu_seqlens=cu_seqlens,
+            **self._options,
+            **self.new.pooling,
         )
 
     def _decode(

@@ -40,11 +40,12 @@ class SlidingWindow(Mixer):
         rope: Rope,
         state: MixerState | None,
         positions: Tensor,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        q, k = rope(q), rope(k)
+        q, k = rope(q, k)
         if state is None:
             in_order = positions if self.padded else None
-            return self._attend(q, k, v, in_order, in_order), {}
+            return self._attend(q, k, v, in_order, in_order, cu_seqlens=cu_seqlens), {}
         make_writable(state.tensors)
         if q.shape[1] == 1 and not torch.is_grad_enabled():
             return self._decode(q, k, v, state, positions), {}
@@ -70,6 +71,7 @@ class SlidingWindow(Mixer):
         query_positions: Tensor | None,
         key_positions: Tensor | None,
         ordered_from: int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         return retained_attention(
             q,
@@ -81,6 +83,7 @@ class SlidingWindow(Mixer):
             key_positions=key_positions,
             scale=self.scale,
             ordered_from=ordered_from,
+            cu_seqlens=cu_seqlens,
         )
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, state: MixerState, positions: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.budget_controller import BudgetController
+from hybridize.mixers.parts.documents import document_counts, document_of_tokens, document_positions
 from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
 from hybridize.mixers.parts.retained_slots import completed, fill_retained
 from hybridize.mixers.parts.slots import (
@@ -64,6 +65,7 @@ class RetentionTargets:
         keys, values: [B, T, H, D], what the scorer reads, the keys before RoPE. positions: [B, T].
         future: [B, T, H], see `future_attention`; -inf where the score is incomplete.
         complete: [B, T] bool.
+        cu_seqlens: [N + 1], the bounds of documents packed into one row, or None.
     """
 
     keys: Tensor
@@ -71,6 +73,7 @@ class RetentionTargets:
     positions: Tensor
     future: Tensor
     complete: Tensor
+    cu_seqlens: Tensor | None = None
 
 
 class TokenEviction(Mixer):
@@ -122,19 +125,22 @@ class TokenEviction(Mixer):
         rope: Rope,
         state: MixerState | None,
         positions: Tensor,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         unrotated = k
-        q, k = rope(q), rope(k)
+        q, k = rope(q, k)
         if state is not None:
             make_writable(state.tensors)
             if q.shape[1] == 1 and not torch.is_grad_enabled():
                 return self._decode(q, k, v, unrotated, state, positions), {}
             return self._append(q, k, v, unrotated, state, positions), {}
 
-        compute = self._logits if self.training or not self.padded else self._logits_in_any_padding
-        logit = compute(unrotated, v, positions)
+        if self.training or not self.padded:
+            logit = self._logits(unrotated, v, positions, cu_seqlens)
+        else:
+            logit = self._logits_in_any_padding(unrotated, v, positions)
         score = self._score(logit)
-        complete = self._complete(positions)
+        complete = self._complete(positions, cu_seqlens)
         decided = torch.where(complete[..., None], _on_grid(score), 0.0)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
         in_order = positions if self.padded else None
@@ -146,16 +152,22 @@ class TokenEviction(Mixer):
             in_order,
             in_order,
             budget=None if everything else self.budget_tokens,
+            cu_seqlens=cu_seqlens,
         )
         if not self.training:
             return out, {}
-        return out, {"eviction_budget": self._budget_loss(score, complete)}
+        return out, {"eviction_budget": self._budget_loss(score, complete, cu_seqlens)}
 
     # Learning from the teacher's queries and keys alone.
 
     @torch.no_grad()
-    def align_targets(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> RetentionTargets:
-        """What a batch [B, T, hidden_size] without padding teaches, from projections that are the teacher's."""
+    def align_targets(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None
+    ) -> RetentionTargets:
+        """What a batch [B, T, hidden_size] without padding teaches, from projections that are the teacher's.
+
+        cu_seqlens: [N + 1], the bounds of documents packed into one row, as in `mix`.
+        """
         batch, num_tokens, _ = hidden_states.shape
         q, k, v = (
             project(hidden_states).view(batch, num_tokens, -1, self.geometry.head_size)
@@ -164,11 +176,19 @@ class TokenEviction(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         positions = torch.arange(num_tokens, device=q.device).expand(batch, -1)
-        complete = self._complete(positions)
+        if cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, num_tokens)
+        complete = self._complete(positions, cu_seqlens)
         rope = Rope(*position_embeddings)
-        future = future_attention(rope(q), rope(k), window=self.config.window_tokens, positions=None, scale=self.scale)
+        future = future_attention(
+            *rope(q, k),
+            window=self.config.window_tokens,
+            positions=None,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+        )
         future = future.masked_fill(~complete[..., None], -torch.inf)
-        return RetentionTargets(k, v, positions, future, complete)
+        return RetentionTargets(k, v, positions, future, complete, cu_seqlens)
 
     def align_loss(self, targets: RetentionTargets) -> Tensor:
         """The scorer's regression loss, a scalar; sets `auxiliary` as a forward pass does.
@@ -176,9 +196,11 @@ class TokenEviction(Mixer):
         The error of the output is left out: beside this loss its gradient changed neither which tokens are retained
         nor the error that remains, and it costs a pass through the attention, forward and back.
         """
-        logit = self._logits(targets.keys, targets.values, targets.positions)
-        self.auxiliary = {"eviction_budget": self._budget_loss(self._score(logit), targets.complete)}
-        return retention_target_loss(logit, targets.future, targets.positions, sinks=self.config.sink_tokens)
+        bounds = targets.cu_seqlens
+        logit = self._logits(targets.keys, targets.values, targets.positions, bounds)
+        self.auxiliary = {"eviction_budget": self._budget_loss(self._score(logit), targets.complete, bounds)}
+        sinks = self.config.sink_tokens
+        return retention_target_loss(logit, targets.future, targets.positions, sinks=sinks, cu_seqlens=bounds)
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         heads, head_size = self.geometry.num_key_heads, self.geometry.head_size
@@ -200,11 +222,11 @@ class TokenEviction(Mixer):
 
     # Scores.
 
-    def _logits(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def _logits(self, k: Tensor, v: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """k before RoPE, v [B, T, H, D], positions [B, T] -> [B, T, H]; no padding may lie between real tokens."""
         if self.config.detach_scorer_input:
             k, v = k.detach(), v.detach()
-        logit: Tensor = self.new.scorer(k, v, positions >= 0)
+        logit: Tensor = self.new.scorer(k, v, positions >= 0 if cu_seqlens is None else None, cu_seqlens)
         return logit.detach() if self.training and self._in_first_steps(self.config.freeze_steps) else logit
 
     def _logits_in_any_padding(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -212,9 +234,13 @@ class TokenEviction(Mixer):
         order = real_tokens_first(positions)
         return take(self._logits(take(k, order), take(v, order), take(positions, order)), order.argsort(dim=1))
 
-    def _complete(self, positions: Tensor) -> Tensor:
-        """[B, T] bool: the last m tokens of a row lack right context; they are inside every window, without a score."""
-        complete: Tensor = (positions >= 0) & (positions <= positions.amax(1, keepdim=True) - self.config.margin_tokens)
+    def _complete(self, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """[B, T] bool: a text's last m tokens lack right context; they are inside every window, without a score."""
+        if cu_seqlens is None:
+            last = positions.amax(1, keepdim=True)
+        else:
+            last = (cu_seqlens.diff() - 1)[document_of_tokens(cu_seqlens, positions.shape[1])]
+        complete: Tensor = (positions >= 0) & (positions <= last - self.config.margin_tokens)
         return complete
 
     def _score(self, logit: Tensor) -> Tensor:
@@ -223,11 +249,15 @@ class TokenEviction(Mixer):
     def _in_first_steps(self, steps: int) -> bool:
         return steps > 0 and int(self.new.controller.steps) < steps
 
-    def _budget_loss(self, score: Tensor, complete: Tensor) -> Tensor:
+    def _budget_loss(self, score: Tensor, complete: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Mean of lambda max(r, 0) over rows, heads and the tokens with a complete score; the controller watches."""
         num_complete = complete.sum().clamp(min=1)
-        kept = ((score > 0) & complete[..., None]).sum((0, 1)) / num_complete
-        self.new.controller.observe(kept, max(score.shape[1] - self.config.margin_tokens, 0))
+        kept = (score > 0) & complete[..., None]
+        if cu_seqlens is None:
+            share = kept.sum((0, 1)) / num_complete
+            self.new.controller.observe(share, max(score.shape[1] - self.config.margin_tokens, 0))
+        else:
+            self.new.controller.observe_documents(document_counts(kept[0], cu_seqlens), cu_seqlens.diff())
         positive = torch.where(complete[..., None], score.clamp(min=0), 0.0).sum((0, 1)) / num_complete
         loss: Tensor = (self.new.controller.l1_weight * positive).mean()
         return loss
@@ -245,6 +275,7 @@ class TokenEviction(Mixer):
         *,
         budget: int | None,
         ordered_from: int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         return retained_attention(
             q,
@@ -258,6 +289,7 @@ class TokenEviction(Mixer):
             key_positions=key_positions,
             scale=self.scale,
             ordered_from=ordered_from,
+            cu_seqlens=cu_seqlens,
         )
 
     def _decode(

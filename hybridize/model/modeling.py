@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from hybridize.errors import CheckpointError, UsageError
 from hybridize.families.base import FamilyAdapter
-from hybridize.mixers.base import Mixer
+from hybridize.mixers.base import Mixer, refuse_packing_with
 from hybridize.mixers.configs.base import MixerConfig
+from hybridize.mixers.parts.documents import document_positions
 from hybridize.mixers.registry import config_from_dict, mixer_class
 
 BLOCK_VERSION = 1
@@ -109,8 +110,20 @@ class HybridModelMixin:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         past_key_values: Any = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ):
+        """The base's forward, and what it does not know.
+
+        Args:
+            cu_seqlens: [N + 1] int32, the bounds of N documents, from 0 to T, packed into the one row of input_ids
+                [1, T]: each gives what it gives alone. Positions count in each document; position_ids follow from
+                the bounds unless given. It goes with no mask and no cache. The layers that keep full attention need
+                `use_packed_attention` to do this in linear memory; other implementations make a mask [T, T].
+
+        Raises:
+            UsageError: arguments that do not go together.
+        """
         if cache is not None and past_key_values is not None:
             raise UsageError("`cache` and `past_key_values` are two names of one argument.", hint="Pass `cache` alone.")
         cache = past_key_values if cache is None else cache
@@ -123,6 +136,17 @@ class HybridModelMixin:
                     hint="Pass the mask of all tokens so far with every call, as generate does.",
                 )
             kwargs["token_positions"] = token_positions(attention_mask, tokens.shape[1], seen)
+            if cu_seqlens is not None:
+                if attention_mask is not None:
+                    raise UsageError(
+                        "packed documents (cu_seqlens) have no padding, but an attention mask came with them.",
+                        hint="Leave the mask out.",
+                    )
+                refuse_packing_with(True if use_cache else cache, tokens.shape[0])
+                positions = document_positions(cu_seqlens, tokens.shape[1])
+                position_ids = positions if position_ids is None else position_ids
+                use_cache = False
+                kwargs.update(cu_seqlens=cu_seqlens, token_positions=positions)
         if use_cache is None and cache is None and self.training:  # type: ignore[attr-defined]
             use_cache = False  # a decoding state carries no gradient
         return super().forward(  # type: ignore[misc]

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybridize.errors import RecipeError
-
-Precision = Literal["auto", "float32", "bfloat16"]
+from hybridize.recipe.probes import Evaluate, Precision
 
 
 def _require(condition: bool, key: str, message: str) -> None:
@@ -114,6 +113,8 @@ class Data:
     held_out_share: float = 0.05
     sequence_tokens: int = 1024
     """Length of a training sequence; documents are packed, separated by the end-of-sequence token."""
+    document_boundaries: bool = True
+    """Tokens see only their own document; False: a sequence is read as one text."""
     shuffle_documents: int = 1000
     """Size of the shuffle buffer, in documents."""
 
@@ -178,6 +179,19 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    """Short sequences first: their length doubles from `start_tokens` to the stage's own over the first `end` share of
+    its steps, each length for as many steps; a step has more of them, so that it has as many tokens."""
+
+    start_tokens: int = 512
+    end: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self.start_tokens >= 2, "start_tokens", f"must be at least 2, is {self.start_tokens}.")
+        _require(0 < self.end <= 1, "end", f"must be in 0..1, is {self.end}.")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of the distillation.
 
@@ -193,6 +207,7 @@ class Stage:
         passes: align only: optimiser steps on each captured batch of teacher inputs.
         loss: None: KL for distill, cross entropy for adapt.
         sequence_tokens: None: that of `data`.
+        curriculum: None: all sequences have that length.
     """
 
     name: str
@@ -208,6 +223,7 @@ class Stage:
     clip_norm: float = 1.0
     passes: int = 1
     sequence_tokens: int | None = None
+    curriculum: Curriculum | None = None
     loss: Loss | None = None
     budget_ramp: Ramp | None = None
 
@@ -233,16 +249,42 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class TeacherCache:
+    """What the teacher says is stored once, and used again by stages, runs and plans with the same teacher.
+
+    Attributes:
+        top_k: most probable next tokens that are kept of each position, at 4 bytes each (6 where the vocabulary exceeds
+            65,536 tokens). The student learns them, and all others together as one.
+        layer_inputs: keep what goes into the converted layers' attention as well, for align; a layer takes
+            2 * hidden_size bytes a position in bfloat16.
+        folder: None: `teacher-cache` in the run folder; else a path from the recipe's folder, which runs may share.
+    """
+
+    top_k: int = 64
+    layer_inputs: bool = False
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.top_k >= 1, "top_k", f"must be at least 1, is {self.top_k}.")
+        _require(self.folder is None or bool(self.folder.strip()), "folder", "is empty.")
+
+
+@dataclass(frozen=True)
 class Distill:
     """How the hybrid is trained. Mixers are trained in every stage; `lora` (None: the old weights stay frozen) in
     every stage but align."""
 
     stages: tuple[Stage, ...]
     lora: Lora | None = None
+    teacher_cache: TeacherCache | None = None
     precision: Precision = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 where the device computes it natively. Trained weights and
     optimiser states are float32 either way."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Layers are computed again in the backward pass instead of kept; auto: as many as the GPU's memory demands."""
+    share_weights: bool = True
+    """Frozen weights that teacher and student have in common exist once; false keeps two models, as sharding over
+    processes does."""
     save_every_steps: int = 100
     keep_checkpoints: int = 2
     log_every_steps: int = 1
@@ -253,6 +295,17 @@ class Distill:
         _require(len(set(names)) == len(names), "stages", f"stage names must differ: {', '.join(names)}.")
         for key in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
             _require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}.")
+        if self.teacher_cache is not None:
+            beyond = [stage.name for stage in self.stages if stage.kind != "align" and not _is_cached(stage.objective)]
+            demand = "`hidden` must be 0, and `kl` forward at temperature 1"
+            _require(
+                not beyond, "teacher_cache", f"does not hold what the loss of {', '.join(beyond)} needs: {demand}."
+            )
+
+
+def _is_cached(loss: Loss) -> bool:
+    """Whether the most probable tokens are all that a loss asks of the teacher."""
+    return loss.hidden == 0 and (loss.kl == 0 or (loss.direction == "forward" and loss.temperature == 1))
 
 
 @dataclass(frozen=True)
@@ -261,61 +314,6 @@ class Export:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     max_shard_bytes: int = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class PerplexityProbe:
-    """Perplexity by position over held-out documents."""
-
-    context_tokens: int = 1024
-    max_windows: int = 8
-    """Windows of context_tokens a source."""
-    position_edges: tuple[int, ...] = (0, 256, 512, 1024, 2048, 4096, 8192)
-
-
-@dataclass(frozen=True)
-class RecallProbe:
-    """Single-needle recall in the manner of RULER (arXiv 2404.06654), S-NIAH 1 to 3."""
-
-    kinds: tuple[Literal["niah_single_1", "niah_single_2", "niah_single_3"], ...] = (
-        "niah_single_1",
-        "niah_single_2",
-        "niah_single_3",
-    )
-    lengths: tuple[int, ...] = (1024, 4096)
-    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    samples: int = 2
-    """Needles for each kind, length and depth."""
-
-
-@dataclass(frozen=True)
-class AgreementProbe:
-    """KL divergence and top-1 agreement with the teacher, by source of text."""
-
-    context_tokens: int = 1024
-    max_windows: int = 8
-
-
-@dataclass(frozen=True)
-class SamplesProbe:
-    """Greedy continuations by student and teacher, side by side."""
-
-    prompts: tuple[str, ...] = ("The history of the printing press begins with",)
-    new_tokens: int = 48
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """What is measured after the export. A probe set to null is left out."""
-
-    context_tokens: int = 8192
-    """Context length for the state bytes."""
-    batch_sequences: int = 1
-    precision: Precision = "auto"
-    perplexity: PerplexityProbe | None = field(default_factory=PerplexityProbe)
-    recall: RecallProbe | None = field(default_factory=RecallProbe)
-    agreement: AgreementProbe | None = field(default_factory=AgreementProbe)
-    samples: SamplesProbe | None = field(default_factory=SamplesProbe)
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,22 @@ Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads,
 
 from .column_statistics import attention_log_sum_exp, column_statistics
 from .dispatch import use_implementation
-from .distillation_loss import distillation_loss
+from .distillation_loss import distillation_loss, top_k_distillation_loss, top_k_targets
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from .gated_rms_norm import gated_rms_norm
+from .lora_linear import LoraProjection, lora_linear
 from .native_sparse_attention import native_sparse_attention
 from .native_sparse_decode import native_sparse_decode
 from .retained_attention import eviction_position, retained_attention
 from .retained_decode import retained_decode
+from .rms_norm import rms_norm
+from .rotary import rotary
 from .short_convolution import short_convolution, short_convolution_step
+from .swiglu import swiglu
 from .token_scorer import token_scorer, token_scorer_step
 
 __all__ = [
+    "LoraProjection",
     "attention_log_sum_exp",
     "column_statistics",
     "distillation_loss",
@@ -23,13 +28,19 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_rms_norm",
+    "lora_linear",
     "native_sparse_attention",
     "native_sparse_decode",
     "retained_attention",
     "retained_decode",
+    "rms_norm",
+    "rotary",
     "short_convolution",
     "short_convolution_step",
+    "swiglu",
     "token_scorer",
     "token_scorer_step",
+    "top_k_distillation_loss",
+    "top_k_targets",
     "use_implementation",
 ]

@@ -1,20 +1,42 @@
 """A tiny run from end to end: a teacher with a byte-like tokenizer on disk, converted, ready to distil.
 
 As a script it serves runs that tests can kill: it imports everything once, then forks a child for each line of its
-standard input and answers with the child's exit status.
+standard input and answers with the child's process id and, once it has ended, its exit status.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import string
+import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybridize.recipe.schema import Data, Distill, LayerPlan, Lora, Loss, MixerChoice, Ramp, Recipe, Stage, TextSource
+from hybridize.recipe.schema import (
+    Curriculum,
+    Data,
+    Distill,
+    LayerPlan,
+    Lora,
+    Loss,
+    MixerChoice,
+    Ramp,
+    Recipe,
+    Stage,
+    TextSource,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("seconds", "tokens_per_s")
 
 CHARACTERS = string.ascii_letters + string.digits + " .,\n'-"
 MIXERS = {
@@ -57,6 +79,17 @@ def tiny_recipe(folder: Path, **changes: Any) -> Recipe:
     )
 
 
+def packed_recipe(folder: Path, **changes: Any) -> Recipe:
+    """The same over many short documents that are packed, in sequences that grow from 16 to 32 tokens."""
+    align, distill = STAGES
+    stages = (align, replace(distill, batch_sequences=1, curriculum=Curriculum(start_tokens=16, end=0.5)))
+    recipe = tiny_recipe(folder, **{"stages": stages, **changes})
+    return replace(recipe, data=replace(recipe.data, train=(TextSource("short/*.jsonl"),)))
+
+
+RECIPES = {"tiny": tiny_recipe, "packed": packed_recipe}
+
+
 def write_teacher(folder: Path, **changes: Any) -> None:
     """A tiny Llama and its tokenizer as a checkpoint in `folder/teacher`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -75,9 +108,12 @@ def write_teacher(folder: Path, **changes: Any) -> None:
 
 
 def write_texts(folder: Path) -> None:
-    """Six training documents and a held-out one."""
-    for name in ("text", "held"):
+    """Six training documents, 60 short ones as JSON lines, and a held-out one."""
+    for name in ("text", "short", "held"):
         (folder / name).mkdir()
+    words = random.Random(0)
+    lines = [{"text": f"{number} " + "and so " * words.randrange(4)} for number in range(60)]
+    (folder / "short" / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number in range(6):
         (folder / "text" / f"{number}.txt").write_text(f"This is document {number}. " * (3 + number))
     (folder / "held" / "x.txt").write_text("Never seen in training. " * 4)
@@ -104,19 +140,94 @@ def distil(folder: Path, recipe: Recipe, run: str = "run") -> Path:
     return distill(recipe, folder / run, plan=plan(recipe, offline=True), base=folder, offline=True)
 
 
+def again(run: Path, recipe: str = "tiny", **changes: Any) -> Path:
+    """Distils the folder `run`, or goes on with it, in this process; the folder of what was trained."""
+    return distil(run.parent, RECIPES[recipe](run.parent, **changes), run.name).parent
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times in them."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def assert_same(found: Path, reference: Path) -> None:
+    """Two folders hold the same adapter, bit for bit, and the same 7 lines of metrics."""
+    for name in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
+        assert (found / "adapter" / name).read_bytes() == (reference / "adapter" / name).read_bytes(), name
+    assert rows(found) == rows(reference)
+    assert [row["step"] for row in rows(found)] == list(range(1, 8))
+
+
 def metric_steps(folder: Path, run: str = "run") -> list[int]:
     lines = (folder / run / "distill" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
 
 
-def child(folder: Path, run: str, fault: str) -> int:
+class Server:
+    """Runs the distillation in processes of its own, which may be killed.
+
+    Args:
+        folder: with teacher and texts.
+        process: that of `serve`.
+    """
+
+    def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
+        self.folder = folder
+        self._process = process
+
+    def __call__(self, run: Path, fault: str = "", recipe: str = "tiny", **changes: Any) -> int:
+        """The exit status of a run with a fault; negative: the signal that ended it."""
+        self._ask(run, fault, recipe, changes)
+        return int(self._answer())
+
+    def signalled(self, run: Path, number: signal.Signals, after_s: float, recipe: str = "tiny", **changes: Any) -> int:
+        """The same for a run that gets a signal after so many seconds, if it has not ended by then."""
+        process = self._ask(run, "", recipe, changes)
+        time.sleep(after_s)
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+        return int(self._answer())
+
+    def _ask(self, run: Path, fault: str, recipe: str, changes: dict[str, Any]) -> int:
+        request = {"folder": str(self.folder), "run": run.name, "fault": fault, "recipe": recipe, "changes": changes}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[Server]:
+    """A server while the block runs; what its runs say goes to `folder/serve.log`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    with (folder / "serve.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+        try:
+            yield Server(folder, process)
+        finally:
+            process.communicate(timeout=30)
+
+
+def child(folder: Path, run: str, fault: str, recipe: str, changes: dict[str, Any]) -> int:
     """Distils with a fault; the exit status that the command line would give."""
     from hybridize.errors import HybridizeError
 
     if fault:
         os.environ["HYBRIDIZE_FAULT"] = fault
     try:
-        distil(folder, tiny_recipe(folder), run)
+        distil(folder, RECIPES[recipe](folder, **changes), run)
     except HybridizeError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
@@ -124,7 +235,10 @@ def child(folder: Path, run: str, fault: str) -> int:
 
 
 def serve() -> None:
-    """`{"folder", "run", "fault"}` a line -> the exit status a line (negative: the signal that ended the child)."""
+    """`{"folder", "run", "fault", "recipe", "changes"}` a line -> process id and exit status, a line each.
+
+    A negative status is the signal that ended the child.
+    """
     import hybridize.distillation.run
     import hybridize.model.convert
     import hybridize.plan  # noqa: F401 - paid for once, before the forks
@@ -135,10 +249,14 @@ def serve() -> None:
         if pid == 0:
             status = 1
             try:
-                status = child(Path(request["folder"]), request["run"], request["fault"])
+                status = child(Path(request.pop("folder")), **request)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         sys.stdout.write(f"{status}\n")
         sys.stdout.flush()

@@ -106,6 +106,8 @@ def test_going_on_gives_what_would_have_come(
         one, other = straight.next_batch(2, length), resumed.next_batch(2, length)
         assert torch.equal(one.tokens, other.tokens)
         assert one.documents == other.documents
+        assert (one.bounds is None) == (other.bounds is None)
+        assert one.bounds is None or torch.equal(one.bounds, other.bounds)
     assert straight.state_dict() == resumed.state_dict()
 
 
@@ -113,6 +115,56 @@ def test_processes_share_the_sequences_out() -> None:
     alone = take(packed(documents(10, 6)), 6)
     parts = [take(packed(documents(10, 6), rank=rank, num_processes=2), 3) for rank in range(2)]
     assert [row for pair in zip(*parts, strict=True) for row in pair] == alone
+
+
+def test_any_number_of_processes_goes_on_from_a_place() -> None:
+    def make(rank: int = 0, num_processes: int = 1) -> PackedSequences:
+        sources = documents(10, 5), documents(500, 3, 11)
+        return packed(*sources, num_lanes=3, rank=rank, num_processes=num_processes)
+
+    def together(processes: list[PackedSequences], rows: int) -> torch.Tensor:
+        parts = [process.next_batch(rows, 8).tokens for process in processes]
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    alone, pair = make(), [make(rank, 2) for rank in range(2)]
+    for _ in range(3):
+        assert torch.equal(together(pair, 2), alone.next_batch(4, 8).tokens)
+    place = json.loads(json.dumps(pair[0].state_dict()))
+    assert place == pair[1].state_dict() == alone.state_dict()
+    four = [make(rank, 4) for rank in range(4)]
+    for process in four:
+        process.load_state_dict(place)
+    assert torch.equal(together(four, 1), alone.next_batch(4, 8).tokens)
+
+
+def test_bounds_are_those_of_the_documents_in_the_rows() -> None:
+    batch = packed(documents(10, 6)).next_batch(3, 8)  # documents of 6 tokens
+    assert batch.bounds is not None
+    assert batch.bounds.dtype == torch.int32
+    assert batch.bounds.tolist() == [0, 6, 8, 12, 16, 18, 24]
+    inputs = batch.model_inputs()
+    assert torch.equal(inputs["input_ids"], batch.tokens.reshape(1, 24))
+    assert torch.equal(inputs["cu_seqlens"], batch.bounds)
+    lengths = batch.bounds.diff().tolist()
+    assert inputs["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
+    ends = [bound - 1 for bound in batch.bounds.tolist()[1:]]
+    mask = batch.labels_mask
+    assert mask is not None
+    assert mask.shape == batch.tokens.shape
+    assert mask.flatten().tolist() == [token not in ends for token in range(24)]
+    moved = batch.to("cpu")
+    assert torch.equal(moved.tokens, batch.tokens)
+    assert torch.equal(moved.bounds, batch.bounds)
+    assert moved.documents == batch.documents
+
+
+@pytest.mark.parametrize(("length", "boundaries"), [(6, True), (3, True), (8, False)])
+def test_rows_without_a_boundary_inside_are_texts(length: int, boundaries: bool) -> None:
+    batch = packed(documents(10, 6), document_boundaries=boundaries).next_batch(4, length)
+    assert batch.bounds is None
+    assert batch.labels_mask is None
+    assert batch.model_inputs().keys() == {"input_ids"}
+    assert batch.to("cpu").model_inputs()["input_ids"].shape == (4, length)
 
 
 def test_no_training_document_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hybridize.distillation.losses import Head, cross_entropy, distillation_terms, relative_error
+from hybridize.distillation.losses import Head, cross_entropy, distillation_terms, next_tokens, relative_error
 from hybridize.distillation.schedule import learning_rate_factor, learning_rates, ramp_progress
 from hybridize.recipe.schema import Loss, Ramp, Stage
 from hybridize_kernels import distillation_loss
@@ -31,7 +31,7 @@ def test_relative_error_is_one_for_silence_and_zero_for_the_target() -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_cross_entropy_equals_that_of_whole_logits(chunk: int) -> None:
     student, _, tokens = heads()
-    loss = cross_entropy(student, tokens, chunk_tokens=chunk)
+    loss = cross_entropy(student, next_tokens(tokens), chunk_tokens=chunk)
     logits = student.hidden[:, :-1] @ student.weight.T
     expected = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)
@@ -40,14 +40,15 @@ def test_cross_entropy_equals_that_of_whole_logits(chunk: int) -> None:
 
 
 def test_cross_entropy_of_one_token_is_zero() -> None:
-    assert cross_entropy(Head(torch.randn(1, 1, 6), torch.randn(11, 6)), torch.zeros(1, 1, dtype=torch.long)) == 0
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    assert cross_entropy(Head(torch.randn(1, 1, 6), torch.randn(11, 6)), next_tokens(tokens)) == 0
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "mixed"])
 def test_terms_are_weighted_and_measured(direction: str) -> None:
     student, teacher, tokens = heads()
     settings = Loss(kl=0.5, hidden=2.0, cross_entropy=0.25, direction=direction, temperature=1.5)  # type: ignore[arg-type]
-    loss, measured = distillation_terms(settings, student, teacher, tokens)
+    loss, measured = distillation_terms(settings, student, teacher, next_tokens(tokens))
     expected = 0.5 * measured["kl"] + 2.0 * measured["hidden"] + 0.25 * measured["cross_entropy"]
     torch.testing.assert_close(loss.detach(), expected)
     log_p = (teacher.hidden @ teacher.weight.T / 1.5).log_softmax(-1)
@@ -61,7 +62,7 @@ def test_terms_are_weighted_and_measured(direction: str) -> None:
 
 def test_unweighted_divergence_is_measured_but_not_learnt() -> None:
     student, teacher, tokens = heads()
-    loss, measured = distillation_terms(Loss(kl=0.0, cross_entropy=1.0), student, teacher, tokens)
+    loss, measured = distillation_terms(Loss(kl=0.0, cross_entropy=1.0), student, teacher, next_tokens(tokens))
     torch.testing.assert_close(loss.detach(), measured["cross_entropy"])
     assert measured["kl"] > 0
     assert "hidden" not in measured
@@ -79,13 +80,13 @@ def test_unweighted_divergence_has_no_gradient_and_is_taken_only_to_be_measured(
 
     monkeypatch.setattr("hybridize.distillation.losses.distillation_loss", spy)
     adapt = Loss(kl=0.0, cross_entropy=1.0)
-    with_kl, _ = distillation_terms(adapt, student, teacher, tokens, measure=True)
+    with_kl, _ = distillation_terms(adapt, student, teacher, next_tokens(tokens), measure=True)
     assert asked == [False]
-    without, measured = distillation_terms(adapt, student, teacher, tokens, measure=False)
+    without, measured = distillation_terms(adapt, student, teacher, next_tokens(tokens), measure=False)
     assert asked == [False]
     assert set(measured) == {"cross_entropy"}
     assert torch.equal(with_kl, without)
-    _, measured = distillation_terms(Loss(), student, teacher, tokens, measure=False)
+    _, measured = distillation_terms(Loss(), student, teacher, next_tokens(tokens), measure=False)
     assert asked == [False, True]
     assert set(measured) == {"kl", "agreement"}
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from hybridize.checkpoint import FolderLock
+from hybridize.distillation.data import Batch
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
 from hybridize.errors import InterruptedError_, NumbersError, RecipeError, StoppedError, UsageError
@@ -24,95 +24,15 @@ from hybridize.model.convert import convert
 from hybridize.plan import plan
 from hybridize.recipe.schema import LayerPlan, MixerChoice
 from tests.distillation import runs
+from tests.distillation.runs import ROOT, Server, again, assert_same, rows
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("seconds", "tokens_per_s")
-Serve = Callable[[Path, str], int]
-
-# The tiny run saves after each of its 7 steps and then writes the adapter: 8 folders, 6 rotations, 7 second
-# micro-batches. `align` uses each batch twice, so that the first save falls between two passes over one batch.
-FAULTS = (
-    "shard:kill:1",
-    "shard:kill:5",
-    "before-manifest:kill:2",
-    "before-rename:kill:4",
-    "before-rename:kill:8",
-    "step-start:kill:2",
-    "step-start:kill:4",
-    "mid-accumulation:kill:6",
-    "after-save-before-latest:kill:3",
-    "during-rotation:kill:2",
-)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher, texts and a converted checkpoint."""
-    folder = tmp_path_factory.mktemp("tiny")
-    runs.prepare(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(prepared: Path) -> Path:
-    """The same run, left alone."""
-    shutil.copytree(prepared / "run", prepared / "reference")
-    return runs.distil(prepared, runs.tiny_recipe(prepared), "reference").parent
-
-
-@pytest.fixture(scope="module")
-def serve(prepared: Path) -> Iterator[Serve]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    with (prepared / "serve.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__.replace("test_resume.py", "runs.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(folder: Path, fault: str) -> int:
-            request = {"folder": str(prepared), "run": folder.name, "fault": fault}
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            return int(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
-        process.wait(timeout=30)
-
-
-@pytest.fixture
-def run(prepared: Path, request: pytest.FixtureRequest) -> Path:
-    """A fresh run folder."""
-    name = "".join(character if character.isalnum() else "-" for character in request.node.name)
-    shutil.copytree(prepared / "run", prepared / name)
-    return prepared / name
-
-
-def again(run: Path, **changes: Any) -> Path:
-    """The same command in this process."""
-    return runs.distil(run.parent, runs.tiny_recipe(run.parent, **changes), run.name).parent
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def assert_same(found: Path, reference: Path) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
-        assert (found / "adapter" / name).read_bytes() == (reference / "adapter" / name).read_bytes(), name
-    assert rows(found) == rows(reference)
-    assert [row["step"] for row in rows(found)] == list(range(1, 8))
+# The tiny run saves after each of its 7 steps and then writes the adapter: 8 folders. `align` uses each batch twice, so
+# that the first save falls between two passes over one batch. Many other points: test_kill_points.py.
+FAULTS = ("before-rename:kill:8", "step-start:kill:2", "during-rotation:kill:2")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_killed_and_run_again(run: Path, reference: Path, serve: Serve, fault: str) -> None:
+def test_killed_and_run_again(run: Path, reference: Path, serve: Server, fault: str) -> None:
     assert serve(run, fault) == -signal.SIGKILL
     assert_same(again(run), reference)
     left = sorted(path.name for path in (run / "distill").iterdir())
@@ -122,23 +42,23 @@ def test_killed_and_run_again(run: Path, reference: Path, serve: Serve, fault: s
     assert (run / "distill" / "checkpoints" / "latest").read_text() == "step-0000007\n"
 
 
-def test_killed_many_times(run: Path, reference: Path, serve: Serve) -> None:
+def test_killed_many_times(run: Path, reference: Path, serve: Server) -> None:
     for fault in ("step-start:kill:2", "mid-accumulation:kill:1", "shard:kill:2", "after-save-before-latest:kill:1"):
         assert serve(run, fault) == -signal.SIGKILL
     assert serve(run, "") == 0
     assert_same(run / "distill", reference)
 
 
-def test_full_disk_keeps_the_previous_checkpoint(run: Path, reference: Path, serve: Serve) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(run: Path, reference: Path, serve: Server) -> None:
     assert serve(run, "shard:ENOSPC:3") == 5
     assert_same(again(run), reference)
 
 
-def signal_in_step(number: signal.Signals, wanted: int) -> Callable[..., dict[str, float]]:
+def signal_in_step(number: signal.Signals, wanted: int) -> Callable[..., Any]:
     """`Trainer._step`, with a signal while step `wanted` runs."""
     step = Trainer._step
 
-    def step_with_signal(self: Trainer, *args: Any) -> dict[str, float]:
+    def step_with_signal(self: Trainer, *args: Any) -> Any:
         if self.progress.step + 1 == wanted:
             signal.raise_signal(number)
         return step(self, *args)
@@ -222,7 +142,7 @@ def test_lost_adapter_comes_back_from_the_last_checkpoint(run: Path, reference: 
     assert_same(again(run), reference)
 
 
-def test_damaged_newest_checkpoint_is_passed_over(run: Path, reference: Path, serve: Serve) -> None:
+def test_damaged_newest_checkpoint_is_passed_over(run: Path, reference: Path, serve: Server) -> None:
     assert serve(run, "step-start:kill:6") == -signal.SIGKILL
     weights = run / "distill" / "checkpoints" / "step-0000005" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -231,7 +151,7 @@ def test_damaged_newest_checkpoint_is_passed_over(run: Path, reference: Path, se
     assert_same(again(run), reference)
 
 
-def test_save_and_log_settings_may_change(run: Path, reference: Path, serve: Serve) -> None:
+def test_save_and_log_settings_may_change(run: Path, reference: Path, serve: Server) -> None:
     assert serve(run, "step-start:kill:3") == -signal.SIGKILL
     assert_same(again(run, save_every_steps=5, keep_checkpoints=2), reference.parent / "distill")
 
@@ -254,7 +174,7 @@ def test_how_often_a_step_is_logged_changes_no_weight(run: Path) -> None:
     assert adapters[0] == adapters[1]
 
 
-def test_changed_recipe_is_refused(run: Path, serve: Serve) -> None:
+def test_changed_recipe_is_refused(run: Path, serve: Server) -> None:
     assert serve(run, "step-start:kill:3") == -signal.SIGKILL
     stages = (runs.STAGES[0], replace(runs.STAGES[1], learning_rate=0.5))
     with pytest.raises(RecipeError) as caught:
@@ -262,7 +182,7 @@ def test_changed_recipe_is_refused(run: Path, serve: Serve) -> None:
     assert caught.value.problems == ("distill.stages.1.learning_rate: 0.01 → 0.5",)
 
 
-def test_changed_data_is_refused(run: Path, serve: Serve) -> None:
+def test_changed_data_is_refused(run: Path, serve: Server) -> None:
     assert serve(run, "step-start:kill:3") == -signal.SIGKILL
     text = run.parent / "text" / "3.txt"
     before = text.read_text()
@@ -279,14 +199,14 @@ def test_second_process_is_refused(run: Path) -> None:
         again(run)
 
 
-def break_layer(self: Teacher, tokens: torch.Tensor, layers: Any) -> Any:
-    traces = trace(self, tokens, layers)
+def break_layer(self: Teacher, batch: Batch, layers: Any) -> Any:
+    traces = trace(self, batch, layers)
     traces[2].output[0, 3, 4] = float("nan")
     return traces
 
 
-def break_hidden(self: Teacher, tokens: torch.Tensor) -> torch.Tensor:
-    return last_hidden(self, tokens).index_fill(1, torch.tensor([3], device=tokens.device), float("inf"))
+def break_hidden(self: Teacher, batch: Batch) -> torch.Tensor:
+    return last_hidden(self, batch).index_fill(1, torch.tensor([3]), float("inf"))
 
 
 trace, last_hidden = Teacher.trace, Teacher.last_hidden
@@ -348,7 +268,7 @@ def test_gradient_that_is_not_finite(run: Path, reference: Path, monkeypatch: py
 def test_first_bad_layer_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer._step
 
-    def with_bad_weight(self: Trainer, stage: Any, *args: Any) -> dict[str, float]:
+    def with_bad_weight(self: Trainer, stage: Any, *args: Any) -> Any:
         if stage.kind == "distill":
             self.student.model.model.layers[1].mlp.down_proj.base_layer.weight.data.fill_(float("nan"))
         return step(self, stage, *args)

@@ -14,10 +14,10 @@ from hybridize.distillation.data import Batch
 from hybridize.distillation.lora import Student, plain_name, save_adapter, share_frozen_weights, wrap
 from hybridize.distillation.stages import Align, Distil, make_step
 from hybridize.distillation.teacher import Teacher
-from hybridize.distillation.trainer import set_gradient_checkpointing
 from hybridize.errors import RecipeError
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.registry import config_from_dict
+from hybridize.model import training_form
 from hybridize.model.swap import mixers, swap
 from hybridize.recipe.schema import Lora, Loss, Stage
 from tests.tiny import tiny_teacher, tiny_tokens
@@ -124,7 +124,7 @@ def test_shared_scorer_stays_one() -> None:
 def test_teacher_trace_is_what_the_layer_saw() -> None:
     teacher = Teacher(tiny_teacher())
     tokens = tiny_tokens()
-    traces = teacher.trace(tokens, (1, 2))
+    traces = teacher.trace(Batch(tokens, ()), (1, 2))
     assert sorted(traces) == [1, 2]
     attention = teacher.model.model.layers[1].self_attn
     with torch.no_grad():
@@ -183,7 +183,8 @@ def test_distil_reaches_every_group(checkpointing: bool) -> None:
     assert isinstance(step, Distil)
     wrapped.model.train()
     if checkpointing:
-        set_gradient_checkpointing(wrapped.model, True)
+        training_form.enter(wrapped.model)
+        training_form.checkpointed(wrapped.model, range(4))
     measured = step.backward(step.prepare(batch()), 0.5, measure=True)
     assert {"loss", "kl", "agreement", "hidden", "cross_entropy", "eviction_budget"} == set(measured)
     for group in ("mixers", "projections", "adapters"):
@@ -260,7 +261,8 @@ def test_measuring_leaves_the_gradient_and_the_losses_of_align_as_they_are() -> 
 
 def test_no_graph_of_a_recomputed_layer_outlives_the_backward_pass() -> None:
     wrapped = student("F", "T", "F", "T")
-    wrapped.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    training_form.enter(wrapped.model)
+    training_form.checkpointed(wrapped.model, range(4))
     step = make_step(Stage("d", "distill", steps=2), wrapped, Teacher(tiny_teacher()), nullcontext())  # type: ignore[arg-type]
     wrapped.model.train()
     step.backward(step.prepare(batch()), 1.0, measure=False)

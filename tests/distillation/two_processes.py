@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hybridize.distillation.data import Batch
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
 from hybridize.errors import HybridizeError
@@ -34,7 +35,7 @@ def main(folder: Path) -> None:
     signal_step = 0
     step, last_hidden = Trainer._step, Teacher.last_hidden
 
-    def watched(self: Trainer, *args: Any) -> dict[str, float]:
+    def watched(self: Trainer, *args: Any) -> Any:
         if second and self.progress.step + 1 == signal_step:
             os.kill(os.getpid(), signal.SIGTERM)
         measured = step(self, *args)
@@ -42,8 +43,8 @@ def main(folder: Path) -> None:
         seen.append([self.progress.step + 1, states, digest(self.student.trained().values())])
         return measured
 
-    def broken(self: Teacher, tokens: torch.Tensor) -> torch.Tensor:
-        return last_hidden(self, tokens) * float("inf")
+    def broken(self: Teacher, batch: Batch) -> torch.Tensor:
+        return last_hidden(self, batch) * float("inf")
 
     def distil(run: str) -> dict[str, Any]:
         seen.clear()

@@ -12,7 +12,7 @@ from hybridize.evaluation.generation import prompt_ids
 from hybridize.evaluation.needles import KINDS, NOISE, Needle, make_needle
 from hybridize.evaluation.recall import make_questions
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import RecallProbe
+from hybridize.recipe.probes import RecallProbe
 
 
 @pytest.fixture

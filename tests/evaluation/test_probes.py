@@ -11,7 +11,7 @@ from hybridize.evaluation import probes as probes_module
 from hybridize.evaluation.probes import Probes, is_out_of_memory
 from hybridize.evaluation.results import failed_probes
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import AgreementProbe, Evaluate, PerplexityProbe, RecallProbe, SamplesProbe
+from hybridize.recipe.probes import AgreementProbe, Evaluate, PerplexityProbe, RecallProbe, SamplesProbe
 
 SMALL = Evaluate(
     context_tokens=1024,

@@ -14,7 +14,7 @@ from hybridize.evaluation.generation import greedy, prompt_ids
 from hybridize.evaluation.recall import NUMBER_TOKENS, answer_tokens, make_questions, recall
 from hybridize.progress import SILENT
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import RecallProbe
+from hybridize.recipe.probes import RecallProbe
 
 
 class Reader:

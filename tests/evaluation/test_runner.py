@@ -21,7 +21,8 @@ from hybridize.evaluation.results import write_results
 from hybridize.evaluation.runner import evaluate
 from hybridize.model.precision import computes_bfloat16
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import AgreementProbe, Data, Evaluate, PerplexityProbe, SamplesProbe, TextSource
+from hybridize.recipe.probes import AgreementProbe, Evaluate, PerplexityProbe, SamplesProbe
+from hybridize.recipe.schema import Data, TextSource
 from tests.tiny import tiny_teacher
 
 SMALL = Evaluate(

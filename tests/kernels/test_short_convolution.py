@@ -78,6 +78,68 @@ def test_the_kernels_take_halves_and_wide_taps(kernel_device):
     assert [g.dtype for g in gradients] == [torch.float16, torch.float32, torch.float32]
 
 
+def packed(*lengths, device="cpu"):
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+PACKED = [(1, 2, 9, 3, 1, 17), (3, 0, 0, 8, 20, 2), (33,)]
+
+
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+@pytest.mark.parametrize("taps", [2, 4, 16])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_packed_documents_equal_the_loop(lengths, taps, activation, device):
+    inputs = make_inputs(33, taps=taps, batch=1, tail=False, device=device)
+    options = {"cu_seqlens": packed(*lengths, device=device), "activation": activation}
+    assert_form_agrees(partial(short_convolution, **options), inputs)
+
+
+@pytest.mark.parametrize("lengths", PACKED[:2], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "size", "taps", "activation"),
+    [(1, 60, 4, None), (2, 96, 2, "silu"), (1, 60, 4, "silu"), (2, 5, 5, "silu"), (3, 6, 16, None)],
+)
+def test_the_kernels_keep_packed_documents_apart(lengths, heads, size, taps, activation, kernel_device, monkeypatch):
+    monkeypatch.setenv(VARIABLE, SMALL_TILES)
+    inputs = make_inputs(33, heads, size, taps, batch=1, tail=False, dtype=torch.float32, device=kernel_device)
+    options = {"cu_seqlens": packed(*lengths, device=kernel_device), "activation": activation}
+    assert_form_agrees(partial(short_convolution, **options), inputs, form="triton")
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_nothing_of_another_document_is_read(form, kernel_device):
+    x, taps = make_inputs(12, batch=1, tail=False, dtype=torch.float32, device=kernel_device)
+    whole = x.clone()
+    whole[:, :5] = torch.nan
+    whole[:, 9:] = torch.inf
+    bounds = packed(5, 4, 3, device=kernel_device)
+    with use_implementation(form):
+        y, _ = short_convolution(whole, taps, cu_seqlens=bounds)
+        assert_close("output", y[:, 5:9], short_convolution(x[:, 5:9], taps)[0], OUTPUT[torch.float32])
+        # The same tensor with other numbers: tables of it are not taken from memory.
+        bounds.copy_(packed(5, 3, 4, device=kernel_device))
+        moved, _ = short_convolution(x, taps, cu_seqlens=bounds)
+        assert_close("output", moved[:, 8:], short_convolution(x[:, 8:], taps)[0], OUTPUT[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_packed_documents_on_the_gpu(dtype, activation):
+    lengths = torch.randint(1, 700, (40,)).tolist()
+    inputs = make_inputs(sum(lengths), 9, 64, batch=1, tail=False, dtype=dtype, device="cuda")
+    bounds = packed(*lengths, device="cuda")
+    results = {}
+    for form in ("eager", "triton"):
+        leaves = [(x.double() if form == "eager" else x).detach().requires_grad_() for x in inputs]
+        with use_implementation(form):
+            y, _ = short_convolution(*leaves, cu_seqlens=bounds, activation=activation)
+        direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        results[form] = [y, *torch.autograd.grad((y * direction).sum(), leaves)]
+    for n, (actual, expected) in enumerate(zip(results["triton"], results["eager"], strict=True)):
+        assert_close(f"tensor {n}", actual, expected, (GRADIENT if n else OUTPUT)[dtype])
+
+
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
 def test_padding_is_stepped_over_and_not_read(form, kernel_device):
     real = make_real("between", 12, device=kernel_device)
@@ -171,6 +233,19 @@ def test_misshapen_inputs_are_named(name):
     arguments, keywords = options[name]
     with pytest.raises(ValueError, match=name.split()[-1]):
         short_convolution(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("name", ["one row", "tail", "real", "output_tail", "bounds"])
+def test_packed_documents_exclude_tails_and_padding(name):
+    x, taps, tail = make_inputs(4, batch=2 if name == "one row" else 1)
+    options = {
+        "tail": {"tail": tail},
+        "real": {"real": torch.ones(1, 4, dtype=torch.bool)},
+        "output_tail": {"output_tail": True},
+        "bounds": {"cu_seqlens": torch.tensor([0])},
+    }.get(name, {})
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        short_convolution(x, taps, **{"cu_seqlens": packed(1, 3), **options})
 
 
 def test_misshapen_steps_are_named():

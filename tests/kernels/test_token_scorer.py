@@ -33,7 +33,6 @@ def make_inputs(time, head_size=4, *, batch=2, heads=2, dtype=torch.float64, dev
 
 
 def score(k, v, *parameters, real=None, **options):
-    real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if real is None else real
     options = {"dilation": 2, **options}
     return token_scorer(k, v, parameters[:-2:2], parameters[1:-2:2], *parameters[-2:], real, **options)
 
@@ -84,6 +83,56 @@ def test_a_padded_text_scores_like_the_text_alone(form, dtype, left, right, devi
         padded = score(k, v, *parameters, real=real)
         alone = score(k[:, text], v[:, text], *parameters)
     assert_close("logits", padded[:, text], alone, OUTPUT[dtype])
+
+
+def packed(*lengths, device="cpu"):
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def test_no_mask_is_a_mask_of_real_tokens(kernel_device):
+    k, v = make_inputs(9, dtype=torch.float32, device=kernel_device)
+    parameters = make_parameters(4, dtype=torch.float32, device=kernel_device)
+    real = torch.ones(2, 9, dtype=torch.bool, device=kernel_device)
+    for form in ("eager", "triton"):
+        with use_implementation(form):
+            assert torch.equal(score(k, v, *parameters), score(k, v, *parameters, real=real))
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 9, 3, 1, 17), (3, 0, 20, 10), (33,)], ids=str)
+@pytest.mark.parametrize("scorers", [1, 2])
+def test_packed_documents_equal_the_loop(lengths, scorers, device):
+    inputs = make_inputs(33, batch=1, device=device) + make_parameters(4, 3, scorers, device=device)
+    assert_form_agrees(partial(score, cu_seqlens=packed(*lengths, device=device)), inputs)
+
+
+@pytest.mark.parametrize(("lengths", "scorers"), [((1, 2, 9, 3, 1, 24), 2), ((3, 0, 27, 10), 1)], ids=str)
+def test_the_kernels_keep_packed_documents_apart(lengths, scorers, kernel_device, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "convolution=16,16,4,2;inputs=16,16,4,2;weights=16,16,4,2")
+    inputs = make_inputs(40, 6, batch=1, dtype=torch.float32, device=kernel_device)
+    inputs += make_parameters(6, 3, scorers, dtype=torch.float32, device=kernel_device)
+    bounds = packed(*lengths, device=kernel_device)
+    assert_form_agrees(partial(score, cu_seqlens=bounds), inputs, form="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_documents_on_the_gpu(dtype):
+    lengths = torch.randint(1, 300, (20,)).tolist()
+    k, v = make_inputs(sum(lengths), 64, batch=1, heads=4, dtype=dtype, device="cuda")
+    parameters = make_parameters(64, 3, 4, dtype=torch.float32, device="cuda")
+    leaves = [x.requires_grad_() for x in (k, v, *parameters)]
+    direction = torch.randn(1, k.shape[1], 4, device="cuda", dtype=torch.float64)
+    results = {}
+    for form in ("eager", "triton"):
+        inputs = [x.double() for x in leaves] if form == "eager" else leaves
+        with use_implementation(form):
+            logits = score(*inputs, cu_seqlens=packed(*lengths, device="cuda"))
+        results[form] = [logits, *torch.autograd.grad((logits * direction).sum(), leaves)]
+    for n, (actual, expected) in enumerate(zip(results["triton"], results["eager"], strict=True)):
+        half = actual.dtype == torch.bfloat16
+        table = GRADIENT if n else OUTPUT
+        tolerance = 2 * table[torch.bfloat16] if half else EXACT_SUM * table[torch.float32]
+        assert_close(f"tensor {n}", actual, expected, tolerance)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (2, 21), (1, 35)])
@@ -306,6 +355,12 @@ def test_what_does_not_fit_is_named():
     parameters = make_parameters(4)
     with pytest.raises(ValueError, match="real has shape"):
         score(k, v, *parameters, real=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="needs one row"):
+        score(k, v, *parameters, cu_seqlens=packed(2, 3))
+    with pytest.raises(ValueError, match="without padding"):
+        score(k[:1], v[:1], *parameters, real=torch.ones(1, 5, dtype=torch.bool), cu_seqlens=packed(2, 3))
+    with pytest.raises(ValueError, match="bounds of a document"):
+        score(k[:1], v[:1], *parameters, cu_seqlens=packed())
     with pytest.raises(ValueError, match="dropout is 1"):
         score(k, v, *parameters, dropout=1.0)
     with pytest.raises(ValueError, match="odd kernel times 8"):

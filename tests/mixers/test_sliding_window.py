@@ -31,9 +31,10 @@ def by_hand(layer: OneLayer, x: Tensor, window: int, sinks: int) -> Tensor:
     rope = Rope(*layer.rope(x, torch.arange(tokens)[None]))
     q, k, v = (p(x).unflatten(-1, (-1, size)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     group = layer.geometry.group_size
-    k, v = rope(k).repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    q, k = rope(q, k)
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     seen = torch.tensor([[j <= i and (i - j < window or j < sinks) for j in range(tokens)] for i in range(tokens)])
-    logits = torch.einsum("bihd,bjhd->bhij", rope(q), k) * mixer.scale
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * mixer.scale
     weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
     return mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
 

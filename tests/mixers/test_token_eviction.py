@@ -81,8 +81,8 @@ def test_output_is_softmax_over_what_a_streamed_cache_shows(changes: dict[str, A
     x = layer.hidden_states(1, tokens)
     k, v = keys_values(layer, x)
     rope = Rope(*layer.rope(x, torch.arange(tokens)[None]))
-    q = rope(mixer.q_proj(x).unflatten(-1, (-1, layer.geometry.head_size)))[0]
-    k, v = rope(k)[0], v[0]
+    q, k = (x[0] for x in rope(mixer.q_proj(x).unflatten(-1, (-1, layer.geometry.head_size)), k))
+    v = v[0]
     scores = mixer._score(logits(layer, x))[0]
     expected = torch.zeros_like(q)
     dropped = 0

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hybridize.errors import EXIT_RECIPE, RecipeError
 from hybridize.mixers.registry import config_class
+from hybridize.recipe.probes import PerplexityProbe
 from hybridize.recipe.reader import load_recipe, recipe_from_dict, recipe_to_dict
 from hybridize.recipe.schema import (
     Distill,
@@ -22,7 +23,6 @@ from hybridize.recipe.schema import (
     Lora,
     Loss,
     MixerChoice,
-    PerplexityProbe,
     Ramp,
     Recipe,
     Stage,

@@ -56,7 +56,8 @@ def command(
     from hybridize.cli.results_view import results_parts
     from hybridize.errors import UsageError
     from hybridize.recipe.lock import recipe_sha256
-    from hybridize.recipe.schema import Evaluate, TextSource
+    from hybridize.recipe.probes import Evaluate
+    from hybridize.recipe.schema import TextSource
 
     recipe = read_recipe(recipe_name, changes, None, None) if recipe_name else None
     if changes and recipe is None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
+
+
+class _Observation(NamedTuple):
+    """Of a micro-batch: the share [H] of its scored tokens that is kept, and how many of a text's are scored."""
+
+    kept_share: Tensor
+    sequence_tokens: int | Tensor
 
 
 class BudgetController(nn.Module):
@@ -33,8 +40,7 @@ class BudgetController(nn.Module):
         self.register_buffer("num_kept", torch.empty(num_heads))
         self.register_buffer("l1_weight", torch.empty(num_heads if config.l1_sharing == "head" else 1))
         self.register_buffer("steps", torch.empty((), dtype=torch.int64))
-        self._observed: list[Tensor] = []
-        self._sequence_tokens = 0
+        self._observed: list[_Observation] = []
 
     def initialise(self) -> None:
         for buffer in self.buffers():
@@ -56,24 +62,37 @@ class BudgetController(nn.Module):
             kept_share: [H] share of its tokens with a positive score.
             sequence_tokens: tokens of a sequence that are scored.
         """
-        self._observed.append(kept_share.detach().float())
-        self._sequence_tokens = max(self._sequence_tokens, sequence_tokens)
+        self._observed.append(_Observation(kept_share.detach().float(), sequence_tokens))
+
+    @torch.no_grad()
+    def observe_documents(self, kept: Tensor, lengths: Tensor) -> None:
+        """Notes a micro-batch of packed documents.
+
+        What counts is a document that outgrows its cache: the mean is over those longer than window and budget, or,
+        where there is none, over all.
+
+        Args:
+            kept: [N, H] how many tokens of each document have a positive score. lengths: [N] its tokens.
+        """
+        config = self.config
+        long = lengths > config.window_tokens + config.budget_tokens
+        counts = torch.where(long.any(), long, True).float()  # [N]
+        number = counts.sum()
+        scored = ((lengths - config.margin_tokens).clamp(min=0) * counts).sum() / number
+        kept_tokens = (kept * counts[:, None]).sum(0) / number
+        self._observed.append(_Observation(kept_tokens / scored.clamp(min=1.0), scored))
 
     @torch.no_grad()
     def after_step(self, budget_tokens: int) -> None:
         """Ends an optimiser step: updates K, and lambda when it is due. Nothing happens if nothing was observed."""
         if not self._observed:
             return
-        share = torch.stack(self._observed).mean(0)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(share)
-            share = share / distributed.get_world_size()
-        kept = share * self._sequence_tokens
-        self._observed, sequence_tokens, self._sequence_tokens = [], self._sequence_tokens, 0
+        kept, sequence_tokens = _mean_of(self._observed)
+        self._observed = []
 
         config = self.config
         rate = min(1.0, 2 / (1 + config.l1_every_steps // 2))
-        previous = torch.where(self.steps == 0, float(sequence_tokens), self.num_kept)
+        previous = torch.where(self.steps == 0, sequence_tokens, self.num_kept)
         self.num_kept.copy_(previous + rate * (kept - previous))
         self.steps.add_(1)
 
@@ -102,3 +121,23 @@ class BudgetController(nn.Module):
             "kept_tokens_max": max(kept),
             "l1_weight": float(self.l1_weight.mean()),
         }
+
+
+def _mean_of(observed: list[_Observation]) -> tuple[Tensor, Tensor]:
+    """Kept tokens [H] and scored tokens [] of a text, over micro-batches and processes."""
+    shares, tokens = zip(*observed, strict=True)
+    lengths = [n for n in tokens if isinstance(n, int)]
+    if len(lengths) == len(tokens):
+        length = shares[0].new_full((), float(max(lengths)))
+        kept = torch.stack(shares).mean(0) * max(lengths)
+    else:
+        all_lengths = torch.stack([shares[0].new_full((), float(n)) if isinstance(n, int) else n for n in tokens])
+        kept = (torch.stack(shares) * all_lengths[:, None]).mean(0)
+        length = all_lengths.mean()
+    if distributed.is_available() and distributed.is_initialized():
+        # One reduction of one shape, whatever each process has seen.
+        both = torch.cat((kept, length[None]))
+        distributed.all_reduce(both)
+        both = both / distributed.get_world_size()
+        kept, length = both[:-1], both[-1]
+    return kept, length

@@ -62,7 +62,7 @@ class TokenScorer(nn.Module):
     def _stored(self) -> int:
         return (self.kernel - 1) * self.dilation
 
-    def forward(self, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    def forward(self, k: Tensor, v: Tensor, real: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Scores tokens.
 
         In evaluation the products are those of float32, since prefill and decode must take the same decisions; in
@@ -70,7 +70,9 @@ class TokenScorer(nn.Module):
 
         Args:
             k, v: [B, T, H, D] keys before RoPE and values.
-            real: [B, T] bool, False for padding, which must not lie between real tokens.
+            real: [B, T] bool, False for padding, which must not lie between real tokens; None: there is none.
+            cu_seqlens: [N + 1], the bounds of documents of one row that are scored each by itself; None: one text a
+                row.
 
         Returns:
             [B, T, H] logits in float32, whatever the type of k and v.
@@ -88,6 +90,7 @@ class TokenScorer(nn.Module):
             dilation=self.dilation,
             dropout=self.dropout if self.training else 0.0,
             compute_dtype=torch.get_autocast_dtype(device) if mixed else None,
+            cu_seqlens=cu_seqlens,
         )
 
     def extend(self, k: Tensor, v: Tensor, history: Tensor, num_new: Tensor, num_before: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def distillation_loss(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     direction: Literal["forward", "reverse", "mixed"] = "forward",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

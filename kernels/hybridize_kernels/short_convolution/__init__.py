@@ -27,6 +27,7 @@ def short_convolution(
     real: Tensor | None = None,
     activation: str | None = None,
     output_tail: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = f(Σ_s taps[:, n − 1 − s] · x_(t − s)), s = 0 .. n − 1, each channel by itself; sums are in fp32.
 
@@ -39,19 +40,30 @@ def short_convolution(
         real: `[B, T]` bool, False for padding; None where there is none, which is faster.
         activation: f, "silu" or None for none.
         output_tail: also return the tail after the text, for the text that follows.
+        cu_seqlens: `[N + 1]` int32 with B = 1: the bounds, from 0 to T, of documents packed side by side, which do not
+            see each other: a tap that would reach into another one reads 0. Such a text has no padding and no tails.
+            Kernels never read it on the host; it is taken for changed when torch counts a change of it.
 
     Returns:
         The output `[B, T, H, D]`, 0 at padding, and, if asked for, the last n − 1 real tokens `[B, n − 1, H · D]`; both
         in x's dtype. Gradients for x, taps and tail.
 
     Raises:
-        ValueError: a shape does not fit the others, there are too few or too many taps, or the activation is unknown.
+        ValueError: a shape does not fit the others, there are too few or too many taps, the activation is unknown, or
+            cu_seqlens comes with padding, with a tail or with more than one row.
     """
     op = "short_convolution"
     _check(op, x, taps, real, activation)
     batch, _, heads, head_size = x.shape
     if tail is not None:
         check_shape(op, "tail", tail, (batch, taps.shape[1] - 1, heads * head_size))
+    if cu_seqlens is not None:
+        if batch != 1 or tail is not None or real is not None or output_tail:
+            raise ValueError(f"{op}: cu_seqlens needs one row ({batch} given), without padding and without tails")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+            raise ValueError(
+                f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected the bounds of a document at least"
+            )
     form = choose(op, x, taps, tail, has_kernel=True, kernel_fits=x.numel() > 0, kernel_has_gradient=True)
     if form == "triton":
         from .convolution import short_convolution as kernel  # imports Triton, which need not be there
@@ -59,7 +71,7 @@ def short_convolution(
         run = untraced(kernel)
     else:
         run = _reference if form == "reference" else _eager
-    return run(x, taps, tail=tail, real=real, activation=activation, output_tail=output_tail)
+    return run(x, taps, tail=tail, real=real, activation=activation, output_tail=output_tail, cu_seqlens=cu_seqlens)
 
 
 def short_convolution_step(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .tiles import BACKWARD, BACKWARD_SILU, Work, load_taps, load_text
+from .tiles import BACKWARD, BACKWARD_SILU, Work, earlier, load_places, load_taps, load_text
 
 
 def gradients(
@@ -24,6 +24,7 @@ def gradients(
     tail: Tensor | None,
     order: Tensor | None,
     count: Tensor | None,
+    place: Tensor | None,
     *,
     silu: bool,
     wanted: Sequence[bool],
@@ -31,7 +32,7 @@ def gradients(
     """Gradients of x `[B, T, C]`, taps `[C, n]` and tail `[B, n − 1, C]`, those that are wanted, each in its dtype.
 
     dy: `[B, T, C]`. d_after: `[B, n − 1, C]`, of the tail after the text, or None. order, count: as the kernels take
-    them, None without padding.
+    them, None without padding; place: `[T]` of a packed row, else None.
     """
     batch, time, channels = x.shape
     num_taps = taps.shape[1]
@@ -52,6 +53,7 @@ def gradients(
             x if tail is None else tail,
             x if order is None else order,
             x if count is None else count,
+            x if place is None else place,
             x if dx is None else dx,
             x if d_tail is None else d_tail,
             x if sums is None else sums,
@@ -63,6 +65,7 @@ def gradients(
         BLOCK_C=work.channels,
         SILU=silu,
         PADDED=order is not None,
+        PACKED=place is not None,
         TAIL=tail is not None,
         AFTER=d_after is not None,
         TEXT_GRADIENT=dx is not None,
@@ -93,6 +96,7 @@ def _backward_kernel(
     tail_ptr,  # [B, N − 1, C]
     order_ptr,  # [B, T]
     count_ptr,  # [B]
+    place_ptr,  # [T]
     dx_ptr,  # [B, T, C]
     d_tail_ptr,  # [B, N − 1, C]
     sums_ptr,  # [B · chunks, C, N]
@@ -107,6 +111,7 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
     SILU: tl.constexpr,
     PADDED: tl.constexpr,
+    PACKED: tl.constexpr,
     TAIL: tl.constexpr,
     AFTER: tl.constexpr,
     TEXT_GRADIENT: tl.constexpr,
@@ -140,13 +145,19 @@ def _backward_kernel(
         added = ()
         for back in tl.static_range(N):
             # The token is `back` tokens old where this output reads it.
-            dz = _load_gradient(dy_ptr, order_ptr, rank + back, end, channels, in_c, C, PADDED)
+            later = rank + back
+            place = later
+            if PACKED:
+                place = load_places(place_ptr, later, end)
+                later = tl.where(place >= back, later, -1)  # another document's outputs do not read this token
+            dz = _load_gradient(dy_ptr, order_ptr, later, end, channels, in_c, C, PADDED)
             if SILU:
                 z = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
                 for other in tl.static_range(N):
                     # Of equal distances the compiler loads one.
+                    source = earlier(later, place, other, PACKED) if PACKED else rank + (back - other)
                     z += weights[other][None, :] * load_text(
-                        x_ptr, order_ptr, tail_ptr, rank + (back - other), end, tail_stride_t, channels, in_c,
+                        x_ptr, order_ptr, tail_ptr, source, end, tail_stride_t, channels, in_c,
                         C, N, PADDED, TAIL,
                     )  # fmt: skip
                 gate = tl.sigmoid(z)

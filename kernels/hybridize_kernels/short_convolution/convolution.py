@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kept import tables_of_bounds
 from ..launch import launch
 from .backward import gradients
-from .tiles import FORWARD, Work, load_taps, load_text, real_tokens_first
+from .eager import places_in_documents
+from .tiles import FORWARD, Work, earlier, load_places, load_taps, load_text, real_tokens_first
 
 
 def short_convolution(
@@ -27,11 +29,13 @@ def short_convolution(
     real: Tensor | None = None,
     activation: str | None = None,
     output_tail: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `hybridize_kernels.short_convolution`."""
     order, count = (None, None) if real is None else real_tokens_first(real)
+    place = None if cu_seqlens is None else tables_of_bounds(places_in_documents, cu_seqlens, x.device, x.shape[1])
     y, after = _ShortConvolution.apply(
-        x.flatten(2).contiguous(), taps, tail, order, count, activation == "silu", output_tail
+        x.flatten(2).contiguous(), taps, tail, order, count, place, activation == "silu", output_tail
     )
     return y.view(x.shape), after
 
@@ -45,13 +49,14 @@ class _ShortConvolution(torch.autograd.Function):
         tail: Tensor | None,
         order: Tensor | None,
         count: Tensor | None,
+        place: Tensor | None,
         silu: bool,
         output_tail: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         taps = taps.contiguous()
         tail = tail if tail is None or tail.stride(-1) == 1 else tail.contiguous()
-        ctx.save_for_backward(x, taps, tail, order, count)
+        ctx.save_for_backward(x, taps, tail, order, count, place)
         ctx.silu = silu
         batch, time, channels = x.shape
         num_taps = taps.shape[1]
@@ -67,6 +72,7 @@ class _ShortConvolution(torch.autograd.Function):
                 x if tail is None else tail,
                 x if order is None else order,
                 x if count is None else count,
+                x if place is None else place,
                 y,
                 y if after is None else after,
             ),
@@ -78,6 +84,7 @@ class _ShortConvolution(torch.autograd.Function):
             BLOCK_N=triton.next_power_of_2(num_taps),
             SILU=silu,
             PADDED=order is not None,
+            PACKED=place is not None,
             TAIL=tail is not None,
             AFTER=after is not None,
             num_warps=work.warps,
@@ -87,7 +94,7 @@ class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_after: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, taps, tail, order, count = ctx.saved_tensors
+        x, taps, tail, order, count, place = ctx.saved_tensors
         dx, d_taps, d_tail = gradients(
             torch.zeros_like(x) if dy is None else dy.contiguous(),
             None if d_after is None else d_after.contiguous(),
@@ -96,10 +103,11 @@ class _ShortConvolution(torch.autograd.Function):
             tail,
             order,
             count,
+            place,
             silu=ctx.silu,
             wanted=ctx.needs_input_grad[:3],
         )
-        return dx, d_taps, d_tail, None, None, None, None
+        return dx, d_taps, d_tail, None, None, None, None, None
 
 
 @triton.jit(do_not_specialize=["time", "chunks", "steps"])  # type: ignore[untyped-decorator]
@@ -109,6 +117,7 @@ def _forward_kernel(
     tail_ptr,  # [B, N − 1, C]
     order_ptr,  # [B, T], columns of real tokens, then of padding
     count_ptr,  # [B], how many are real
+    place_ptr,  # [T], places of a packed row's tokens in their documents
     y_ptr,  # [B, T, C]
     after_ptr,  # [B, N − 1, C]
     time,
@@ -123,6 +132,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     SILU: tl.constexpr,
     PADDED: tl.constexpr,
+    PACKED: tl.constexpr,
     TAIL: tl.constexpr,
     AFTER: tl.constexpr,
 ):
@@ -142,10 +152,14 @@ def _forward_kernel(
 
     for step in range(chunk * steps, chunk * steps + steps):
         rank = step * BLOCK_T + tl.arange(0, BLOCK_T)
+        place = rank
+        if PACKED:
+            place = load_places(place_ptr, rank, end)
         y = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
         for back in tl.static_range(N):
+            source = earlier(rank, place, back, PACKED)
             y += weights[back][None, :] * load_text(
-                x_ptr, order_ptr, tail_ptr, rank - back, end, tail_stride_t, channels, in_c, C, N, PADDED, TAIL
+                x_ptr, order_ptr, tail_ptr, source, end, tail_stride_t, channels, in_c, C, N, PADDED, TAIL
             )
         if SILU:
             y = y * tl.sigmoid(y)

@@ -19,12 +19,14 @@ def short_convolution(
     real: Tensor | None = None,
     activation: str | None = None,
     output_tail: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal convolution over the real tokens of each row; padding between them is stepped over.
 
     x: `[B, T, H, D]`; taps: `[H · D, n]`, the newest token last; tail: `[B, n − 1, H · D]`, the tokens before, zeros
-    unless given; real: `[B, T]` bool, or None where nothing is padding; activation: None or "silu". Returns the output
-    `[B, T, H, D]` in x's dtype, 0 at padding, and, if asked for, the tail after the text.
+    unless given; real: `[B, T]` bool, or None where nothing is padding; activation: None or "silu"; cu_seqlens:
+    `[N + 1]`, the bounds of documents of one row that do not see each other, without tails and padding. Returns the
+    output `[B, T, H, D]` in x's dtype, 0 at padding, and, if asked for, the tail after the text.
     """
     batch, num_tokens, heads, head_size = x.shape
     num_taps = taps.shape[1]
@@ -46,12 +48,25 @@ def short_convolution(
     # A sum of shifted products: on a CPU twice as fast as a convolution with a group a channel. It is fp32 at least.
     weights = taps.to(torch.promote_types(x.dtype, torch.float32))
     length = text.shape[1] - held
-    y = functools.reduce(torch.add, (text[:, tap : tap + length] * weights[:, tap] for tap in range(num_taps)))
+    shifted = [text[:, tap : tap + length] for tap in range(num_taps)]
+    if cu_seqlens is not None:
+        place = places_in_documents(cu_seqlens, x.device, num_tokens)[:, None]
+        # Chosen, not multiplied: what another document holds may not be finite.
+        shifted = [torch.where(place >= held - tap, part, 0.0) for tap, part in enumerate(shifted[:-1])] + shifted[-1:]
+    y = functools.reduce(torch.add, (part * weights[:, tap] for tap, part in enumerate(shifted)))
     if activation == "silu":
         y = F.silu(y)
     if order is not None:
         y = y[row, order.argsort(dim=1)[:, held:]]
     return y.to(x.dtype).unflatten(2, (heads, head_size)), after
+
+
+def places_in_documents(cu_seqlens: Tensor, device: torch.device, num_tokens: int) -> Tensor:
+    """int32 `[T]`: how many tokens of its document come before each token. Nothing is asked of the device."""
+    bounds = cu_seqlens.to(device, torch.int32)
+    token = torch.arange(num_tokens, device=device, dtype=torch.int32)
+    document = torch.searchsorted(bounds[1:-1], token, right=True)
+    return token - bounds[document]
 
 
 @torch.no_grad()

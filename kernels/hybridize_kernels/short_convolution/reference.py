@@ -15,8 +15,12 @@ def short_convolution(
     real: Tensor | None = None,
     activation: str | None = None,
     output_tail: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `hybridize_kernels.short_convolution`; what the other forms must equal."""
+    if cu_seqlens is not None:
+        documents = x.split(cu_seqlens.diff().tolist(), dim=1)
+        return torch.cat([short_convolution(part, taps, activation=activation)[0] for part in documents], dim=1), None
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, time, heads, head_size = x.shape
     held = taps.shape[1] - 1

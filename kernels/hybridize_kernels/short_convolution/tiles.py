@@ -117,6 +117,21 @@ def load_text(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def load_places(place_ptr, rank, end):
+    """How many tokens of its document come before each of these tokens [R] of a packed row."""
+    return tl.load(place_ptr + rank, mask=(rank >= 0) & (rank < end), other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def earlier(rank, place, back, PACKED: tl.constexpr):
+    """The ranks [R] of the tokens `back` before these; −1, where nothing is, if those are another document's."""
+    source = rank - back
+    if PACKED:
+        source = tl.where(place >= back, source, -1)
+    return source
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def load_taps(taps_ptr, channels, in_c, N: tl.constexpr):
     """N vectors [BLOCK_C] in fp32, the newest token's first."""
     weights = ()

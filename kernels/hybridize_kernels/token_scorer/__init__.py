@@ -25,11 +25,12 @@ def token_scorer(
     biases: Sequence[Tensor],
     output_weight: Tensor,
     output_bias: Tensor,
-    real: Tensor,
+    real: Tensor | None,
     *,
     dilation: int,
     dropout: float = 0.0,
     compute_dtype: torch.dtype | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """One logit a token and head: x_0 = (k, v), x_l = SiLU(conv_l(dropout(x_{l−1}))), logit = w · x_L + b.
 
@@ -40,23 +41,29 @@ def token_scorer(
         k, v: `[B, T, H, D]`, keys before RoPE and values.
         weights: one `[H or 1, kernel · C, C']` a convolution, tap by tap; the first C is 2 D, kernel is odd.
         biases: `[H or 1, C']` each. output_weight: `[H or 1, C, 1]`. output_bias: `[H or 1, 1]`.
-        real: `[B, T]` bool, False for padding, which must not lie between real tokens.
+        real: `[B, T]` bool, False for padding, which must not lie between real tokens; None where there is none.
         dilation: tokens between two taps.
         dropout: share of each convolution's inputs that is zeroed.
         compute_dtype: of the factors of the convolutions' products; sums and the projection are fp32 whatever it is.
             fp32 unless given.
+        cu_seqlens: `[N + 1]` int32 with B = 1: the bounds, from 0 to T, of documents packed side by side; each scores
+            as it does alone. Such a text has no padding. Kernels never read it on the host; it is taken for changed
+            when torch counts a change of it.
 
     Returns:
         `[B, T, H]` in fp32 (fp64 for fp64 keys), whatever the type of k and v.
 
     Raises:
-        ValueError: a shape does not fit the others, or dropout is not in [0, 1).
+        ValueError: a shape does not fit the others, dropout is not in [0, 1), or cu_seqlens comes with padding or with
+            more than one row.
 
     Source: arXiv 2510.20787, section 3 (the retention score's CNN).
     """
     op = "token_scorer"
     _check(op, k, v, weights, biases, output_weight, output_bias)
-    check_shape(op, "real", real, tuple(k.shape[:2]))
+    if real is not None:
+        check_shape(op, "real", real, tuple(k.shape[:2]))
+    _check_documents(op, k, real, cu_seqlens)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout is {dropout}, expected at least 0 and below 1")
     # Detached, since the kernels have a backward pass.
@@ -79,6 +86,7 @@ def token_scorer(
         dilation=dilation,
         dropout=dropout,
         compute_dtype=compute_dtype,
+        cu_seqlens=cu_seqlens,
     )
 
 
@@ -150,6 +158,17 @@ def _fits(k: Tensor, v: Tensor, weights: Sequence[Tensor], compute_dtype: torch.
     widest = max(weight.shape[-1] for weight in weights)
     known = k.dtype == v.dtype and k.dtype in KERNEL_DTYPES and compute_dtype in (None, *KERNEL_DTYPES)
     return known and 0 < k.shape[-1] <= MAX_HEAD_SIZE and widest <= MAX_HEAD_SIZE and k.numel() > 0
+
+
+def _check_documents(op: str, k: Tensor, real: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        return
+    if k.shape[0] != 1 or real is not None:
+        raise ValueError(f"{op}: cu_seqlens needs one row ({k.shape[0]} given), without padding")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)}, expected the bounds of a document at least"
+        )
 
 
 def _check(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import add_taps, channel_block, padded, tiles_for
+from .tiles import add_taps, channel_block, load_documents, padded, tiles_for
 
 COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PRECISION = "tf32x3"
@@ -26,7 +26,8 @@ class Text:
 
     Attributes:
         k, v: `[B, T, H, D]`, the channels of a token side by side in memory.
-        start, end: `[B]` int32, between which columns a row's tokens lie; not read in a streaming call.
+        start, end: `[B]` int32, between which columns a row's tokens lie; of a packed row `[T]`, between which the
+            document of each token lies; not read in a streaming call.
         dropped: of 2**24, how many numbers dropout zeroes; seed: `[1]` int64, which ones.
         compute: type of the products' factors, and of z.
         history, num_before: of a streaming call.
@@ -43,6 +44,11 @@ class Text:
     compute: torch.dtype
     history: Tensor | None = None
     num_before: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether documents lie side by side. (A row of one token is the same either way.)"""
+        return len(self.start) != len(self.k)
 
     @property
     def reach(self) -> int:
@@ -144,6 +150,7 @@ def convolve(
             FROM_TEXT=inputs is None,
             DROPOUT=text.dropped > 0,
             HISTORY=streaming,
+            PACKED=text.packed,
             MODE=mode,
             COMPUTE=COMPUTE[weight.dtype],
             PRECISION=PRECISION,
@@ -179,7 +186,7 @@ def _convolution_kernel(
     y_ptr,  # values
     w_ptr,  # [SPLITS, H or 1, KERNEL · width, N]
     bias_ptr,  # [H or 1, N]
-    start_ptr,  # [B]
+    start_ptr,  # [B], or [T] if PACKED
     end_ptr,
     history_ptr,  # [B, H, history_width]
     num_before_ptr,  # [B]
@@ -218,6 +225,7 @@ def _convolution_kernel(
     FROM_TEXT: tl.constexpr,
     DROPOUT: tl.constexpr,
     HISTORY: tl.constexpr,
+    PACKED: tl.constexpr,
     MODE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -243,12 +251,14 @@ def _convolution_kernel(
         num_before = tl.load(num_before_ptr + row).to(tl.int32)
         first = delay - num_before  # the outputs before it are of positions before the text
         history_ptr += row_head * history_width + history_start
+    elif PACKED:
+        first, end = load_documents(start_ptr, end_ptr, times, time)
     else:
         first = tl.load(start_ptr + row)
         end = tl.load(end_ptr + row)
     lower = 0
     upper = time
-    if FROM_TEXT and not HISTORY:
+    if PACKED or (FROM_TEXT and not HISTORY):  # z of padding is zero, but not that of another document
         lower = first
         upper = end
     x_ptr += row * x_stride_b + head * x_stride_h + begin.to(tl.int64) * x_stride_t

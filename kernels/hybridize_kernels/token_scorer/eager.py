@@ -18,23 +18,25 @@ def token_scorer(
     biases: Sequence[Tensor],
     output_weight: Tensor,
     output_bias: Tensor,
-    real: Tensor,
+    real: Tensor | None,
     *,
     dilation: int,
     dropout: float = 0.0,
     compute_dtype: torch.dtype | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """One logit a token and head: dilated convolutions over time with SiLU, then a projection.
 
     k, v: `[B, T, H, D]`; weights `[H or 1, kernel · C, C']`, biases `[H or 1, C']`, output_weight `[H or 1, C, 1]`,
-    output_bias `[H or 1, 1]`; real: `[B, T]` bool, False for padding, which is not between real tokens.
+    output_bias `[H or 1, 1]`; real: `[B, T]` bool, False for padding, which is not between real tokens, or None;
+    cu_seqlens: `[N + 1]`, the bounds of documents of one row that do not see each other.
     Returns `[B, T, H]` in fp32 (fp64 for fp64 keys). Source: https://arxiv.org/abs/2510.20787.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     compute_dtype = dtype if compute_dtype is None else compute_dtype
     num_tokens = k.shape[1]
-    real = real[:, :, None, None]
-    inputs = [torch.where(real, x, 0.0) for x in (k, v)]
+    inputs = [k, v] if real is None else [torch.where(real[:, :, None, None], x, 0.0) for x in (k, v)]
+    documents = None if cu_seqlens is None else documents_of_tokens(cu_seqlens, k.device, num_tokens)
     with torch.autocast(k.device.type, enabled=False):
         for weight, bias in zip(weights, biases, strict=True):
             taps = weight.to(compute_dtype).unflatten(1, (-1, sum(x.shape[-1] for x in inputs)))
@@ -48,12 +50,31 @@ def token_scorer(
                 factors = taps[:, :, start : start + x.shape[-1]].transpose(1, 2)  # [H or 1, C, kernel, C']
                 products = _multiply(x, factors.flatten(2)).unflatten(-1, factors.shape[2:])
                 for tap in range(taps.shape[1]):
-                    z = z + products[:, tap * dilation : tap * dilation + num_tokens, :, tap].to(dtype)
+                    product = products[:, tap * dilation : tap * dilation + num_tokens, :, tap]
+                    z = z + _of_same(documents, tap * dilation - reach, product).to(dtype)
                 start += x.shape[-1]
             # Masked before SiLU (SiLU(0) = 0), a padded row equals one whose text starts at the edge.
-            inputs = [F.silu(torch.where(real, z, 0.0))]
+            inputs = [F.silu(z if real is None else torch.where(real[:, :, None, None], z, 0.0))]
         # Never rounded to the type of the products: rounded logits would tie, and ties are decided by age.
         return (_multiply(inputs[0], output_weight.to(dtype)) + output_bias.to(dtype)).squeeze(-1)
+
+
+def documents_of_tokens(cu_seqlens: Tensor, device: torch.device, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """int32 `[T]` each: where the document of a token begins, and where it ends. Nothing is asked of the device."""
+    bounds = cu_seqlens.to(device, torch.int32)
+    token = torch.arange(num_tokens, device=device, dtype=torch.int32)
+    document = torch.searchsorted(bounds[1:-1], token, right=True)
+    return bounds[document], bounds[document + 1]
+
+
+def _of_same(documents: tuple[Tensor, Tensor] | None, distance: int, products: Tensor) -> Tensor:
+    """The products `[B, T, ...]` with the token `distance` after each, 0 where that is of another document."""
+    if documents is None or distance == 0:
+        return products
+    start, end = documents
+    source = torch.arange(len(start), device=start.device) + distance
+    same = ((source >= start) & (source < end)).view(-1, *(1,) * (products.ndim - 2))
+    return torch.where(same, products, 0.0)
 
 
 def token_scorer_step(

@@ -14,7 +14,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kept import tables_of_bounds
 from .convolution import Layer, Projection, Text, convolve
+from .eager import documents_of_tokens
 from .gradients import input_gradient, weight_gradient
 from .tiles import tiles_for
 
@@ -26,22 +28,21 @@ def token_scorer(
     biases: Sequence[Tensor],
     output_weight: Tensor,
     output_bias: Tensor,
-    real: Tensor,
+    real: Tensor | None,
     *,
     dilation: int,
     dropout: float = 0.0,
     compute_dtype: torch.dtype | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.token_scorer`."""
-    # A row's tokens lie side by side, so two numbers say where; both are found without asking the device.
-    start = real.to(torch.int32).argmax(dim=1)
-    end = start + real.sum(dim=1)
+    start, end = _ranges(k, real, cu_seqlens)
     seed = torch.randint(2**32, (1,), device=k.device) if dropout else start
     logits: Tensor = _TokenScorer.apply(
         k,
         v,
-        start.to(torch.int32),
-        end.to(torch.int32),
+        start,
+        end,
         seed,
         dilation,
         min(round(dropout * 2**24), 2**24 - 1),
@@ -52,6 +53,19 @@ def token_scorer(
         *biases,
     )
     return logits
+
+
+def _ranges(k: Tensor, real: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Between which columns the tokens lie that a token sees, int32: `[B]`, or `[T]` of packed documents."""
+    batch, time = k.shape[:2]
+    if cu_seqlens is not None:
+        return tables_of_bounds(documents_of_tokens, cu_seqlens, k.device, time)
+    if real is None:
+        start = torch.zeros(batch, dtype=torch.int32, device=k.device)
+        return start, torch.full_like(start, time)
+    # A row's tokens lie side by side, so two numbers say where; both are found without asking the device.
+    start = real.to(torch.int32).argmax(dim=1)
+    return start.to(torch.int32), (start + real.sum(dim=1)).to(torch.int32)
 
 
 class _TokenScorer(torch.autograd.Function):

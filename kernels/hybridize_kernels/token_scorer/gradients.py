@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .convolution import COMPUTE, PRECISION, Text, strides
-from .tiles import add_taps, channel_block, hashed_rows, is_kept, padded, silu, tiles_for
+from .tiles import add_taps, channel_block, hashed_rows, is_kept, load_documents, padded, silu, tiles_for
 
 PROGRAMS = 528
 """About four for each multiprocessor of a large GPU: into so many the sums over time are split."""
@@ -55,6 +55,7 @@ def input_gradient(
             KERNEL=text.kernel,
             SHARED=weight.shape[0] == 1,
             TO_TEXT=z is None,
+            PACKED=text.packed,
             DROPOUT=text.dropped > 0,
             COMPUTE=COMPUTE[text.compute],
             PRECISION=PRECISION,
@@ -68,7 +69,7 @@ def input_gradient(
 def _input_gradient_kernel(
     gradient_ptr,  # [B, H, T, C]
     w_ptr,  # [H or 1, KERNEL, C, W_WIDTH]
-    start_ptr,  # [B]
+    start_ptr,  # [B], or [T] if PACKED
     end_ptr,
     seed_ptr,  # [1]
     z_ptr,  # [B, H, T, N]
@@ -94,6 +95,7 @@ def _input_gradient_kernel(
     KERNEL: tl.constexpr,
     SHARED: tl.constexpr,
     TO_TEXT: tl.constexpr,
+    PACKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -112,11 +114,20 @@ def _input_gradient_kernel(
     columns = tl.arange(0, BLOCK_N)
     in_n = (columns < N)[None, :]
 
+    lower = 0
+    upper = time
+    if PACKED:
+        first_token, end = load_documents(start_ptr, end_ptr, times, time)
+        lower = first_token
+        upper = end
+    else:
+        first_token = tl.load(start_ptr + row)
+        end = tl.load(end_ptr + row)
     # What tap i of the output at t read, t + i · dilation − reach, gets its gradient from there: the signs turn.
     x = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
     x = add_taps(
         x, gradient_ptr + (row_head * time + begin) * C, C, w_ptr + scorer * KERNEL * C * W_WIDTH + first, 0,
-        begin, 0, time, -dilation, -reach,
+        begin, lower, upper, -dilation, -reach,
         gradient_ptr, 0, 0, seed_ptr, dropped, keep_scale,
         C, 0, C, N, W_WIDTH, LAYER, BLOCK_T, BLOCK_C, BLOCK_N, KERNEL, 1,
         False, False, False, COMPUTE, PRECISION, STAGES,
@@ -125,7 +136,7 @@ def _input_gradient_kernel(
         hashes = hashed_rows(seed_ptr, LAYER, row_head * time + times)
         kept = is_kept(hashes[:, None], first + columns[None, :], dropped)
         x = tl.where(kept, x * keep_scale, 0.0)
-    is_token = (times >= tl.load(start_ptr + row)) & (times < tl.load(end_ptr + row))
+    is_token = (times >= first_token) & (times < end)
     inside = (times < time)[:, None] & in_n
     if not TO_TEXT:
         at = z_ptr + (row_head * time + begin) * N + (steps * N)[:, None] + columns[None, :]
@@ -188,6 +199,7 @@ def weight_gradient(
                 BLOCK_N=padded(outputs),
                 KERNEL=text.kernel,
                 FROM_TEXT=inputs is None,
+                PACKED=text.packed,
                 DROPOUT=text.dropped > 0,
                 COMPUTE=COMPUTE[text.compute],
                 PRECISION=PRECISION,
@@ -202,7 +214,7 @@ def weight_gradient(
 def _weight_gradient_kernel(
     x_ptr,  # [B, T, H, C] keys or values, or z of the layer before: [B, H, T, C]
     gradient_ptr,  # [B, H, T, N]
-    start_ptr,  # [B]
+    start_ptr,  # [B], or [T] if PACKED
     end_ptr,
     seed_ptr,  # [1]
     weight_sums_ptr,  # [splits, scorers, KERNEL · WIDTH, N]
@@ -228,6 +240,7 @@ def _weight_gradient_kernel(
     BLOCK_N: tl.constexpr,
     KERNEL: tl.constexpr,
     FROM_TEXT: tl.constexpr,
+    PACKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -254,7 +267,9 @@ def _weight_gradient_kernel(
         source = begin + steps + tap * dilation - reach
         lower = 0
         upper = time
-        if FROM_TEXT:
+        if PACKED:
+            lower, upper = load_documents(start_ptr, end_ptr, begin + steps, time)
+        elif FROM_TEXT:
             lower = tl.load(start_ptr + row)
             upper = tl.load(end_ptr + row)
         # Loaded with time along the second axis: nothing is transposed.

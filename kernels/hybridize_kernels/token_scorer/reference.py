@@ -14,13 +14,33 @@ def token_scorer(
     biases: Sequence[Tensor],
     output_weight: Tensor,
     output_bias: Tensor,
-    real: Tensor,
+    real: Tensor | None,
     *,
     dilation: int,
     dropout: float = 0.0,
     compute_dtype: torch.dtype | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.token_scorer`; the loop below is what the other forms must equal."""
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        logits = [
+            token_scorer(
+                document_k,
+                document_v,
+                weights,
+                biases,
+                output_weight,
+                output_bias,
+                None,
+                dilation=dilation,
+                dropout=dropout,
+                compute_dtype=compute_dtype,
+            )
+            for document_k, document_v in zip(k.split(lengths, dim=1), v.split(lengths, dim=1), strict=True)
+        ]
+        return torch.cat(logits, dim=1)
+    real = k.new_ones(k.shape[:2], dtype=torch.bool) if real is None else real
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     num_tokens = k.shape[1]
     x = torch.cat((k, v), dim=-1).to(dtype)

@@ -117,6 +117,14 @@ def is_kept(row_hashes, channels, dropped):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def load_documents(start_ptr, end_ptr, times, time):
+    """Where the document of each of these tokens [R] of a packed row begins and ends; nowhere past the row."""
+    inside = times < time
+    start = tl.load(start_ptr + times, mask=inside, other=0)
+    return start, tl.load(end_ptr + times, mask=inside, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def add_taps(
     total,  # [BLOCK_T, BLOCK_N], fp32
     x_ptr,  # inputs of this row and head, from token `begin` on: offsets in a tile stay small
@@ -124,7 +132,7 @@ def add_taps(
     w_ptr,  # [KERNEL, WIDTH, W_WIDTH] from the first column that counts on; SPLITS of them, whose sum is the weight
     w_split_stride,
     begin,  # time of the tile's first token
-    lower,  # inputs at lower <= time < upper are read, others are zero
+    lower,  # inputs at lower <= time < upper are read, others are zero; numbers, or [BLOCK_T] by the output's time
     upper,
     dilation,
     left,  # tap i reads time + i · dilation − left

@@ -1,0 +1,289 @@
+"""Gradient checkpointing by need: as many decoder layers are computed again in the backward pass as memory demands.
+
+Nothing is guessed: before a stage begins, short micro-batches go forward and backward, and the memory that they take
+gives a line over their tokens; where the stage's own micro-batch would not fit, a second line, with every layer
+computed again, tells what a layer saves. Weights, gradients, random states and controllers are left as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hybridize.distillation.data import Batch
+from hybridize.distillation.lora import Student
+from hybridize.distillation.processes import Processes
+from hybridize.distillation.schedule import Shape, batch_shape
+from hybridize.distillation.stages import Step
+from hybridize.mixers.parts.budget_controller import BudgetController
+from hybridize.mixers.token_eviction import TokenEviction
+from hybridize.model.training_form import checkpointed
+from hybridize.progress import Reporter
+from hybridize.recipe.schema import Data, Stage
+
+PROBE_TOKENS = 1024
+"""Of the shorter probe; the longer one has twice as many."""
+MARGIN = 0.08
+"""Share of the memory that stays free: for what fragments, and for what a step holds beside a micro-batch."""
+_DOCUMENT_TOKENS = 512
+_ADAM_BYTES = 4 + 4
+_OFF_CPU = ("cuda",)
+
+
+class Meter(Protocol):
+    """What the memory of a device holds."""
+
+    def capacity_bytes(self) -> float:
+        """Of what is free and what this process has."""
+
+    def reset(self) -> None:
+        """Begins a new peak."""
+
+    def peak_bytes(self) -> float:
+        """The most that was in use since `reset`."""
+
+
+class GpuMeter:
+    """The caching allocator of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def capacity_bytes(self) -> float:
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
+        return min(free + torch.cuda.memory_reserved(self.device), allowed)
+
+    def reset(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> float:
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def gpu_meter(device: torch.device) -> Meter | None:
+    """The meter of a GPU; None for a CPU, whose memory nobody has to fit a step into."""
+    return GpuMeter(device) if device.type in _OFF_CPU else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of a micro-batch as a line over its tokens."""
+
+    fixed_bytes: float
+    bytes_per_token: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[int, float]]) -> Line:
+        """The line through (tokens, bytes) of two micro-batches; what one alone takes is taken by every other."""
+        (first, low), (last, high) = points[0], points[-1]
+        slope = max(high - low, 0.0) / (last - first) if last > first and math.isfinite(high) else 0.0
+        return cls(high - slope * last, slope)
+
+    def at(self, tokens: int) -> float:
+        return self.fixed_bytes + self.bytes_per_token * tokens
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How many of a model's layers are computed again, and why.
+
+    Attributes:
+        layers: their indices.
+        need_bytes: of a step in which none is. capacity_bytes: what a step may take, the margin left out.
+        fits: whether the step fits this way, as far as was measured.
+    """
+
+    layers: tuple[int, ...]
+    need_bytes: float
+    capacity_bytes: float
+    fits: bool
+
+    def sentence(self, stage: Stage, num_layers: int) -> str:
+        """For people."""
+        need = f"{self.need_bytes / 2**30:,.1f} GiB" if math.isfinite(self.need_bytes) else "more than there is"
+        text = f"{stage.name}: a step needs {need} of {self.capacity_bytes / 2**30:,.1f} GiB; "
+        if not self.layers:
+            return text + "no layer is computed again."
+        text += f"{len(self.layers)} of {num_layers} layers are computed again in the backward pass"
+        return text + ("." if self.fits else ", and even so it may not fit: fewer batch_sequences, more accumulate.")
+
+
+def layers_needed(without: float, with_all: float, capacity: float, num_layers: int) -> int:
+    """The smallest number of layers, computed again, with which a step fits; all of them if it does not even then.
+
+    Args:
+        without, with_all: bytes of a step with no layer, and with every layer, computed again; each saves alike.
+        capacity: bytes that a step may take.
+    """
+    if without <= capacity:
+        return 0
+    saved = (without - with_all) / num_layers
+    if with_all > capacity or not math.isfinite(saved) or saved <= 0:
+        return num_layers
+    return min(math.ceil((without - capacity) / saved), num_layers)
+
+
+def spread(count: int, num_layers: int) -> tuple[int, ...]:
+    """`count` layers, evenly over the depth.
+
+    The last one is the last to be chosen: when a layer is computed again, those above it are gone already, and what
+    they have held is room for it.
+    """
+    return tuple(number * num_layers // count for number in range(count))
+
+
+def probe_shapes(largest: Shape) -> tuple[Shape, ...]:
+    """Two short micro-batches whose bytes give a line, or the largest one itself where it is hardly longer."""
+    tokens = min(largest.tokens, PROBE_TOKENS)
+    if largest.sequences * largest.tokens <= 2 * tokens:
+        return (largest,)
+    return Shape(1, tokens), Shape(1, 2 * tokens) if largest.tokens >= 2 * tokens else Shape(2, tokens)
+
+
+def largest_shape(stage: Stage, data: Data) -> Shape:
+    """The stage's micro-batch with the most tokens, in the longest sequences."""
+    shapes = {batch_shape(stage, data, step) for step in range(stage.steps)}
+    return max(shapes, key=lambda shape: (shape.sequences * shape.tokens, shape.tokens))
+
+
+class Probe:
+    """Measures what micro-batches of a stage take.
+
+    Args:
+        step: of the stage, with its parameters unfrozen. Its teacher must not keep what it is asked.
+        meter: of the device's memory.
+        data: whether documents have bounds.
+    """
+
+    def __init__(self, step: Step, student: Student, meter: Meter, data: Data, device: torch.device) -> None:
+        self.step, self.student, self.meter, self.data, self.device = step, student, meter, data, device
+
+    def decide(self, largest: Shape, agree: Callable[[int], int]) -> Decision:
+        """Which layers have to be computed again for micro-batches of this shape.
+
+        Args:
+            agree: of a number of layers, what the processes settle on: the largest of theirs.
+        """
+        num_layers = self.student.model.config.num_hidden_layers
+        capacity = self.meter.capacity_bytes() * (1 - MARGIN)
+        optimizer_bytes = _ADAM_BYTES * sum(_local_size(p) for group in self.step.clip_groups() for p in group)
+        tokens, shapes = largest.sequences * largest.tokens, probe_shapes(largest)
+        without = self._line(shapes, ()).at(tokens) + optimizer_bytes
+        if agree(int(without > capacity)) == 0:  # all processes measure again, or none
+            return Decision((), without, capacity, fits=True)
+        with_all = self._line(shapes, range(num_layers)).at(tokens) + optimizer_bytes
+        count = agree(layers_needed(without, with_all, capacity, num_layers))
+        fits = count < num_layers or with_all <= capacity
+        return Decision(spread(count, num_layers), without, capacity, fits)
+
+    def _line(self, shapes: Sequence[Shape], recomputed: Sequence[int]) -> Line:
+        checkpointed(self.student.model, recomputed)
+        return Line.through([(shape.sequences * shape.tokens, self._bytes(shape)) for shape in shapes])
+
+    def _bytes(self, shape: Shape) -> float:
+        """The peak of the second of two micro-batches: it meets the first one's gradients, and kernels at work."""
+        peak = math.inf
+        with untouched(self.student, self.device):
+            try:
+                batch = probe_batch(shape, self.data, self.student.model.config.vocab_size).to(self.device)
+                for _ in range(2):
+                    self.meter.reset()
+                    self.step.backward(self.step.prepare(batch), 0.5, measure=True)
+                peak = self.meter.peak_bytes()
+            except torch.OutOfMemoryError:
+                pass  # the answer
+        return peak
+
+
+def probe_batch(shape: Shape, data: Data, vocabulary: int) -> Batch:
+    """A micro-batch without a text, made without chance; its documents are a few hundred tokens long."""
+    count = shape.sequences * shape.tokens
+    tokens = (torch.arange(count) * 7919 % vocabulary).view(shape.sequences, shape.tokens)
+    length = min(_DOCUMENT_TOKENS, max(shape.tokens // 2, 1))
+    bounds = {row * shape.tokens + place for row in range(shape.sequences) for place in range(0, shape.tokens, length)}
+    return Batch(
+        tokens,
+        documents=(),
+        bounds=torch.tensor([*sorted(bounds), count], dtype=torch.int32) if data.document_boundaries else None,
+    )
+
+
+@contextmanager
+def untouched(student: Student, device: torch.device) -> Iterator[None]:
+    """Puts back, after the block, what passes forward and backward leave in a student and in torch.
+
+    That is gradients, the states of the random generators, what the controllers have seen, and auxiliary losses.
+    """
+    parameters = list(student.trained().values())
+    gradients = [parameter.grad for parameter in parameters]
+    auxiliary = [mixer.auxiliary for _, mixer in student.mixers]
+    controllers = _controllers(student)
+    observed = [controller._observed for controller in controllers]
+    for parameter in parameters:
+        parameter.grad = None
+    for controller in controllers:
+        controller._observed = []
+    try:
+        with torch.random.fork_rng([device] if device.type in _OFF_CPU else [], device_type="cuda"):
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for controller, seen in zip(controllers, observed, strict=True):
+            controller._observed = seen
+        for (_, mixer), losses in zip(student.mixers, auxiliary, strict=True):
+            mixer.auxiliary = losses
+
+
+@contextmanager
+def observed_once(student: Student) -> Iterator[None]:
+    """Around a micro-batch: what a controller sees again when its layer is computed again does not count.
+
+    A mean over everything twice would be the same number, but for its last bit.
+    """
+    before = [(controller, len(controller._observed)) for controller in _controllers(student)]
+    yield
+    for controller, count in before:
+        del controller._observed[count + 1 :]
+
+
+def _controllers(student: Student) -> list[BudgetController]:
+    return [mixer.new.controller for _, mixer in student.mixers if isinstance(mixer, TokenEviction)]
+
+
+def layers_by_need(
+    stage: Stage, data: Data, student: Student, step: Step, processes: Processes, reporter: Reporter
+) -> tuple[int, ...]:
+    """The layers that a stage computes again so that its largest micro-batch fits, the same in all processes.
+
+    Args:
+        step: as for `Probe`.
+        reporter: is told what was decided; of the processes, only the first one says it.
+    """
+    meter = gpu_meter(processes.device)
+    if meter is None:
+        return ()
+    num_layers = student.model.config.num_hidden_layers
+
+    def agree(number: int) -> int:
+        votes = torch.zeros(num_layers + 1, device=processes.device)
+        votes[number] = 1
+        return int(processes.sum(votes).nonzero().max())
+
+    decision = Probe(step, student, meter, data, processes.device).decide(largest_shape(stage, data), agree)
+    if processes.is_first:
+        reporter.note(decision.sentence(stage, num_layers))
+    return decision.layers
+
+
+def _local_size(parameter: torch.nn.Parameter) -> int:
+    """Elements that this process holds of a parameter, which may be sharded."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.numel()

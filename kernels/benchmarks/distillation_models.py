@@ -1,0 +1,228 @@
+"""Students, teachers and plain models of true sizes with random weights, and one step of each to be timed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hybridize.distillation.data import Batch
+from hybridize.distillation.lora import Student, wrap
+from hybridize.distillation.metrics import MetricsFile
+from hybridize.distillation.processes import Processes
+from hybridize.distillation.run import prepare_pair
+from hybridize.distillation.run_state import RunState
+from hybridize.distillation.signals import StopRequest
+from hybridize.distillation.teacher import Teacher
+from hybridize.distillation.top_k import TopK
+from hybridize.distillation.trainer import Trainer
+from hybridize.mixers.registry import config_class
+from hybridize.model.swap import swap
+from hybridize.progress import SILENT
+from hybridize.recipe.schema import Data, Distill, Lora, Stage, TextSource
+
+WARM_STEPS, STEPS = 4, 8
+TOP_K = 64
+MODELS = {
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    ),
+}
+MIXERS: dict[str, dict[str, Any]] = {
+    "T": {"mixer": "token_eviction", "window_tokens": 512, "budget_tokens": 512},
+    "G": {"mixer": "gated_delta_net"},
+    "N": {"mixer": "native_sparse_attention"},
+    "F": {"mixer": "full_attention"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's name and the shape of a step; `pattern` says which mixer a layer has, letter by letter in turn."""
+
+    model: str
+    sequences: int
+    tokens: int
+    pattern: str = "TG"
+    checkpointing: bool = False
+
+    @property
+    def letters(self) -> dict[str, Any]:
+        return {"model": self.model, "B": self.sequences, "T": self.tokens}
+
+
+class RandomSequences:
+    """Random tokens in place of a stream of documents; each row is one text."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
+        return Batch(torch.randint(self.vocabulary, (num_sequences, sequence_tokens)), ("random",))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class StoredTeacher:
+    """A teacher whose answers are at hand: what a step costs when a cache gives them."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def targets(self, batch: Batch) -> TopK:
+        shape, device = (*batch.tokens.shape, TOP_K), batch.tokens.device
+        first = torch.randint(self.vocabulary - TOP_K, shape[:2], device=device, dtype=torch.int32)
+        ids = first[..., None] + torch.arange(TOP_K, device=device, dtype=torch.int32)
+        ratios = torch.linspace(0.0, -8.0, TOP_K, device=device).log_softmax(-1) - 0.05
+        return TopK(ids, ratios.expand(shape).contiguous())
+
+    def trace(self, batch: Batch, layers: Any) -> dict[int, Any]:
+        raise NotImplementedError
+
+
+class _Unsaved(RunState):
+    """Nothing is written: the time of a step is asked for."""
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+
+def random_model(name: str, device: torch.device) -> Any:
+    """A model of that size with random weights in bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(MODELS[name])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def pair(case: Case, device: torch.device) -> tuple[Student, Teacher]:
+    """The student of a case with LoRA of rank 16, and its teacher; what is frozen exists once."""
+    teacher = random_model(case.model, device)
+    with torch.device("meta"):
+        student = LlamaForCausalLM(MODELS[case.model]).to(torch.bfloat16)
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    student.model.rotary_emb = teacher.model.rotary_emb
+    student.tie_weights()
+    letters = [case.pattern[index % len(case.pattern)] for index in range(student.config.num_hidden_layers)]
+    options = {letter: dict(values) for letter, values in MIXERS.items()}
+    configs = {letter: config_class(values.pop("mixer"))(**values) for letter, values in options.items()}
+    wrapped = wrap(swap(student, [configs[letter] for letter in letters]), Lora(16, 32.0), frozen_dtype=torch.bfloat16)
+    return prepare_pair(wrapped, Teacher(teacher), share=True, device=device)
+
+
+def distillation(case: Case, *, live: bool = True, kind: str = "distill", passes: int = 1) -> dict[str, float]:
+    """The trainer's own steps, numbers read and logged: median tokens a second, and the largest memory."""
+    processes = Processes(Accelerator(mixed_precision="no"))
+    student, teacher = pair(case, processes.device)
+    vocabulary = student.model.config.vocab_size
+    stage = Stage(
+        "bench",
+        kind,  # type: ignore[arg-type]
+        steps=WARM_STEPS + STEPS,
+        batch_sequences=case.sequences,
+        sequence_tokens=case.tokens,
+        learning_rate=1e-4,
+        passes=passes,
+    )
+    distill = Distill((stage,), save_every_steps=10**6, gradient_checkpointing=case.checkpointing)
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        metrics = MetricsFile(folder / "metrics.jsonl", 0)
+        Trainer(
+            distill,
+            Data((TextSource("random"),)),
+            student,
+            teacher if live else StoredTeacher(vocabulary),
+            RandomSequences(vocabulary),  # type: ignore[arg-type]
+            _Unsaved(folder, 1),
+            metrics,
+            processes,
+            True,
+            SILENT,
+            StopRequest(),
+            0,
+        ).train(None)
+        metrics.close()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speed = median(row["tokens_per_s"] for row in rows[WARM_STEPS:-1])
+    return {"tokens_per_s": speed, "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+def plain_training(case: Case) -> dict[str, float]:
+    """transformers' model in bf16, AdamW, a chunked head: a step of ordinary training."""
+    model = random_model(case.model, torch.device("cuda")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(model.config.vocab_size, (case.sequences, case.tokens), device="cuda")
+
+    def step() -> None:
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        chunked_cross_entropy(hidden, model.lm_head.weight, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, tokens.numel())
+
+
+def forward_alone(case: Case) -> dict[str, float]:
+    """transformers' forward pass in bf16 without a head: what a teacher costs there."""
+    model = random_model(case.model, torch.device("cuda")).eval()
+    tokens = torch.randint(model.config.vocab_size, (case.sequences, case.tokens), device="cuda")
+    with torch.no_grad():
+        return timed(lambda: model.model(input_ids=tokens, use_cache=False), tokens.numel())
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, chunk: int = 8192) -> Tensor:
+    """Mean next-token loss; logits exist for a chunk at a time."""
+
+    def part(rows: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy((rows @ weight.T).float(), labels, reduction="sum")
+
+    rows, labels = hidden[:, :-1].flatten(0, 1).split(chunk), tokens[:, 1:].flatten().split(chunk)
+    parts = [checkpoint(part, x, y, use_reentrant=False) for x, y in zip(rows, labels, strict=True)]
+    return torch.stack(parts).sum() / (tokens.numel() - len(tokens))
+
+
+def timed(step: Callable[[], Any], tokens: int) -> dict[str, float]:
+    """Median tokens a second, and the largest memory."""
+    for _ in range(WARM_STEPS):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(STEPS):
+        begun = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return {"tokens_per_s": tokens / median(seconds), "peak_bytes": torch.cuda.max_memory_allocated()}
