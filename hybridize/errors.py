@@ -90,6 +90,12 @@ class StoppedError(HybridizeError):
     default_hint = "Run the same command again to go on."
 
 
+class ProcessLostError(StoppedError):
+    """One of several processes ended or no longer answers; the others end too, and the same command goes on."""
+
+    default_hint = "The messages of the other processes may say why. Run the same command again to go on."
+
+
 class InterruptedError_(HybridizeError):
     """A signal ended the run before anything was worth saving."""
 

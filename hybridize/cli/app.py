@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from hybridize.cli.environment import process_number
 from hybridize.cli.output import Output
 
 
@@ -30,7 +31,9 @@ class Settings:
     def output(self) -> Output:
         """The sink, made when the command line has been read."""
         if self._output is None:
-            self._output = Output(as_json=self.as_json, color=self.color, verbosity=self.verbosity)
+            self._output = Output(
+                as_json=self.as_json, color=self.color, verbosity=self.verbosity, process=process_number()
+            )
         return self._output
 
 
@@ -118,7 +121,7 @@ def _quieten_libraries(settings: Settings) -> None:
     """Set before any of them is imported: they read the environment once."""
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if settings.as_json or settings.verbosity < 0:
+    if settings.as_json or settings.verbosity < 0 or process_number():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if settings.verbosity <= 0 and not settings.debug:
         # What one library wants to tell another is no news for the user.

@@ -14,10 +14,13 @@ from hybridize.errors import (
     EXIT_INTERRUPTED,
     EXIT_RESOURCE,
     EXIT_USAGE,
+    CheckpointError,
     HybridizeError,
     InterruptedError_,
+    ProcessLostError,
     RecipeError,
     ResourceError,
+    StoppedError,
     UsageError,
 )
 
@@ -31,6 +34,8 @@ _EXHAUSTED = {
     errno.EPERM,
     errno.ENOMEM,
 }
+_MET_BY_ALL = (UsageError, RecipeError, CheckpointError, StoppedError, InterruptedError_)
+"""Of several processes, each meets these."""
 _MEMORY_HINT = (
     "Lower distill.stages.N.batch_sequences (raise accumulate to match), data.sequence_tokens or a probe's "
     "context_tokens, or set distill.gradient_checkpointing: true."
@@ -42,6 +47,8 @@ def show_ending(error: BaseException, settings: Settings) -> int:
     """Tells the user why the command ended; returns the exit code."""
     known, code = _as_known(error)
     output = settings.output
+    if output.process and isinstance(known, _MET_BY_ALL) and not isinstance(known, ProcessLostError):
+        return code  # the first process tells it
     if settings.debug:
         output.traceback("".join(traceback.format_exception(error)))
     record: dict[str, Any] = {

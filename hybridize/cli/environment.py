@@ -1,4 +1,4 @@
-"""What a report of a problem needs to say about the machine."""
+"""What is known of the machine, for a report of a problem, and of the processes that a launcher started on it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": devices,
     }
+
+
+def num_processes() -> int:
+    """How many processes torchrun, accelerate launch or the like started for this command."""
+    return max(_number("WORLD_SIZE", 1), 1)
+
+
+def process_number() -> int:
+    """This one's number among them, from 0."""
+    return _number("RANK", 0) if num_processes() > 1 else 0
+
+
+def _number(variable: str, otherwise: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 def _memory_bytes() -> int | None:

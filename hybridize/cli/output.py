@@ -24,6 +24,8 @@ class Output:
         color: False: none; None: where the terminal has it and NO_COLOR is not set.
         verbosity: -1 quiet, 0 normal, 1 and more verbose.
         stderr: instead of the process's own.
+        process: this process's number among those that a launcher started. Only the first, 0, speaks; the others tell
+            errors that may be theirs alone, on stderr.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Output:
         color: bool | None = None,
         verbosity: int = 0,
         stderr: TextIO | None = None,
+        process: int = 0,
     ) -> None:
         self.as_json = as_json
         self.color = color
-        self.verbosity = verbosity
+        self.verbosity = -1 if process else verbosity
+        self.process = process
         self._stderr = stderr
         self._consoles: dict[bool, Console] = {}
 
@@ -66,6 +70,8 @@ class Output:
             values: what `--json` prints.
             human: what people see instead: texts and rich tables.
         """
+        if self.process:
+            return
         if self.as_json:
             self._write_json({"schema": f"hybridize/{command}/1", **values})
             return
@@ -76,7 +82,7 @@ class Output:
 
     def write(self, text: str) -> None:
         """Part of a result, at once and as it is (generated text); nothing with --json."""
-        if not self.as_json:
+        if not self.as_json and not self.process:
             sys.stdout.write(text)
             sys.stdout.flush()
 
@@ -104,11 +110,11 @@ class Output:
 
     def error(self, error: Mapping[str, Any], text: str) -> None:
         """Why the command ended; `error` with --json, else `text`."""
-        if self.as_json:
+        if self.as_json and not self.process:
             self._write_json({"schema": "hybridize/error/1", "error": dict(error)})
             return
         console = self.console()
-        console.print("error:", style="bold red", end=" ")
+        console.print(f"error in process {self.process}:" if self.process else "error:", style="bold red", end=" ")
         console.print(text, soft_wrap=True)
 
     def traceback(self, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybridize.cli.format import bytes_text, count_text, ranges_text, table_lines
+from hybridize.cli.format import bytes_text, count_text, ranges_text, seconds_text, table_lines
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.plan import ConversionPlan
 from hybridize.recipe.layers import LETTERS
@@ -99,3 +99,40 @@ def state_lines(state_bytes: Mapping[int, Mapping[str, int]]) -> list[str]:
         share = f"{student / teacher:.0%}" if teacher else "-"
         rows.append([f"{context:,}", bytes_text(student), bytes_text(teacher), share])
     return ["state of one sequence while decoding", *(f"  {line}" for line in table_lines(rows))]
+
+
+def calibration_parts(calibration: Mapping[str, Any]) -> list[RenderableType]:
+    """What the distillation will take, from the `calibration` block of a plan."""
+    rows = [["stage", "steps", "sequences x tokens", "s/step", "tokens/s", "time", "memory"]]
+    for stage in calibration["stages"]:
+        for part in stage["shapes"]:
+            shape = f"{part['shape']['sequences']} x {part['shape']['tokens']:,}"
+            shape += f" x {part['accumulate']}" if part["accumulate"] > 1 else ""
+            seconds = part["steps"] * part["seconds_per_step"]
+            rows.append(
+                [
+                    stage["name"] + (" (ramp)" if part["ramping"] else ""),
+                    f"{part['steps']:,}",
+                    shape,
+                    f"{part['seconds_per_step']:.3g}",
+                    f"{part['tokens_per_s']:,.0f}",
+                    seconds_text(seconds),
+                    bytes_text(part["peak_bytes"]) + (" *" if part["extrapolated"] else ""),
+                ]
+            )
+    capacity = calibration["capacity_bytes"]
+    room = f" of {bytes_text(capacity)}" if capacity else ""
+    versions = ", ".join(f"{name} {version}" for name, version in calibration["versions"].items())
+    saving = sum(stage["saving_seconds"] for stage in calibration["stages"]) + calibration["end_seconds"]
+    starred = any(part["extrapolated"] for stage in calibration["stages"] for part in stage["shapes"])
+    return [
+        f"distillation on {calibration['device']} ({versions})",
+        *(f"  {line}" for line in table_lines(rows, left=1)),
+        *(["  * rehearsed with fewer tokens, and scaled in proportion"] if starred else []),
+        f"time         {seconds_text(calibration['total_seconds'])} in all, of it "
+        f"{seconds_text(calibration['start_seconds'])} to start and {seconds_text(saving)} to save",
+        f"memory       {bytes_text(calibration['peak_bytes'])}{room} at the peak",
+        f"disk         {bytes_text(calibration['disk_bytes'])} for checkpoints and adapter",
+        f"rehearsed    in {seconds_text(calibration['calibration_seconds'])}, with tokens {calibration['tokens']}",
+        *(f"problem      {problem}" for problem in calibration["problems"]),
+    ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint import FolderLock, read_manifest
+from hybridize.cli.environment import num_processes, process_number
 from hybridize.errors import CheckpointError, HybridizeError, UsageError
 from hybridize.files import write_whole
 from hybridize.plan import ConversionPlan
@@ -51,6 +52,33 @@ def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool
     text = json.dumps(plan.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
     _write(run / "plan.json", text.encode() + b"\n")
     return lock
+
+
+def first_only(work: Callable[[], None]) -> None:
+    """Of several processes that a launcher started, lets the first do it while the others wait; or this one alone.
+
+    Raises:
+        what `work` raised; SystemExit: that was in another process.
+    """
+    if num_processes() == 1:
+        work()
+        return
+    from hybridize.distillation.processes import start_processes
+
+    start_processes().first_only(work)
+
+
+def first_goes_on() -> bool:
+    """Leaves the other processes once the distillation is complete: all but the first have nothing left to do.
+
+    Returns:
+        whether this is the first.
+    """
+    if num_processes() > 1:
+        from hybridize.distillation.processes import start_processes
+
+        start_processes().end()
+    return process_number() == 0
 
 
 @contextmanager

@@ -36,16 +36,19 @@ class Batch:
         bounds: [N + 1] int32, where the documents of the rows laid end to end begin, from 0, and the last ends, B·T;
             the edges of the rows are among them. None: every row is one text, because no document begins inside a row
             or because its documents are read as one.
+        on_host: the same as it was before it went to a GPU, for whoever would have to wait for that; or None.
     """
 
     tokens: Tensor
     documents: tuple[str, ...]
     bounds: Tensor | None = None
+    on_host: Batch | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device. The host does not wait for the copy."""
-        bounds = None if self.bounds is None else _copied(self.bounds, torch.device(device))
-        return Batch(_copied(self.tokens, torch.device(device)), self.documents, bounds)
+        device = torch.device(device)
+        bounds = None if self.bounds is None else _copied(self.bounds, device)
+        return Batch(_copied(self.tokens, device), self.documents, bounds, self if device.type == "cuda" else None)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Arguments of a model's forward pass: the rows, or all documents in one row [1, B·T] with their bounds."""

@@ -54,6 +54,9 @@ def fail(
         key=lambda name: name in ("loss", "error"),  # sums and means say less than their parts
     )
     if bad and not own_loss:
+        if processes.sharding is not None:  # the process that looks needs the parts of the others
+            with autocast:
+                first_bad_layer(student.model, note.batches)
         raise NumbersError("A loss in another process is not finite; that process says which.", where=where)
     digests = random_digests()
     found: dict[str, Any]

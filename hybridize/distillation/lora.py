@@ -7,7 +7,7 @@ adapter folder on top of the converted checkpoint.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from hybridize.checkpoint import save_tensors
+from hybridize.distillation.sharding import is_sharded
 from hybridize.errors import RecipeError
 from hybridize.mixers.base import NEW_PARAMETERS, Mixer
 from hybridize.model.swap import mixers
@@ -96,6 +97,11 @@ def wrap(model: Any, lora: Lora | None, *, frozen_dtype: torch.dtype) -> Student
     return Student(peft, model, tuple(found), groups, buffers)
 
 
+def found_again(student: Student) -> Student:
+    """The student with the tensors that its modules hold by now: moving replaces buffers, sharding parameters."""
+    return replace(student, groups=_groups(student.peft), buffers=_controller_buffers(student.peft))
+
+
 def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
     """Frozen parameters of the student that equal the teacher's become the teacher's too, so that they exist once.
 
@@ -112,7 +118,7 @@ def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
     for module_name, module in teacher.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             other = frozen.get(f"{module_name}.{name}" if module_name else name)
-            if other is None or other.data_ptr() == parameter.data_ptr():
+            if other is None or is_sharded(other) or other.data_ptr() == parameter.data_ptr():
                 continue
             alike = (other.dtype, other.shape, other.device) == (parameter.dtype, parameter.shape, parameter.device)
             if id(parameter) not in shared and alike and torch.equal(other.data, parameter.data):
@@ -123,9 +129,17 @@ def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
     return saved_bytes
 
 
-def save_adapter(student: Student, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors; equal weights give equal bytes."""
-    tensors = get_peft_model_state_dict(student.peft, save_embedding_layers=False)
+def adapter_tensors(student: Student) -> dict[str, Tensor]:
+    """What is trained, by PEFT's names; sharded where the student is."""
+    return get_peft_model_state_dict(student.peft, save_embedding_layers=False)  # type: ignore[no-any-return]
+
+
+def save_adapter(student: Student, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors; equal weights give equal bytes.
+
+    tensors: those of `adapter_tensors`, whole; None: they are.
+    """
+    tensors = adapter_tensors(student) if tensors is None else tensors
     save_tensors(folder, tensors, stem="adapter_model", max_shard_bytes=float("inf"))
     config = student.peft.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}  # beside the run's converted/, not at a path

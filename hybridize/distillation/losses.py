@@ -1,4 +1,8 @@
-"""The losses: each compares tensors, knows no model, and returns fp32 scalars."""
+"""The losses: each compares tensors, knows no model, and returns fp32 scalars.
+
+They are means over sequences of equal length, so that it does not matter how those of a step are cut into micro-batches
+and shared out to processes.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +47,14 @@ Target = Head | TopK
 """What a student is compared with: the whole distribution, or its head."""
 
 
-def relative_error(out: Tensor, target: Tensor) -> Tensor:
-    """||out - target||² / ||target||² over all elements; 1 for an output of zeros."""
-    target = target.float()
-    return (out.float() - target).square().sum() / target.square().sum().clamp_min(_SMALLEST_POWER)
+def relative_error(out: Tensor, target: Tensor, sequences: int = 1) -> Tensor:
+    """||out - target||² / ||target||² over all elements of a sequence, the mean of all; 1 for an output of zeros.
+
+    sequences: how many equally long ones lie end to end in the leading dimensions.
+    """
+    target = target.float().reshape(sequences, -1)
+    errors = (out.float().reshape(sequences, -1) - target).square().sum(1)
+    return (errors / target.square().sum(1).clamp_min(_SMALLEST_POWER)).mean()
 
 
 def next_tokens(tokens: Tensor, continues: Tensor | None = None) -> Tensor:
@@ -57,34 +65,53 @@ def next_tokens(tokens: Tensor, continues: Tensor | None = None) -> Tensor:
 
 
 def cross_entropy(head: Head, labels: Tensor, chunk_tokens: int = 1024) -> Tensor:
-    """Mean next-token loss; logits exist for `chunk_tokens` positions at a time, in the backward pass too.
+    """Next-token loss, the mean of those of the rows; logits exist for `chunk_tokens` positions at once, backward too.
 
     Args:
         labels: [B, T], the next token of each; negative where there is none.
     """
+    known = (labels >= 0).float()
+    weights = (known / known.sum(1, keepdim=True).clamp(min=1) / len(labels)).flatten()
     hidden, labels = head.hidden.flatten(0, -2), labels.flatten()
     total = torch.zeros((), device=hidden.device)
     for start in range(0, len(labels), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         total = total + checkpoint(
-            _summed_cross_entropy, hidden[part], head.weight, head.bias, labels[part], use_reentrant=False
+            _weighted_cross_entropy,
+            hidden[part],
+            head.weight,
+            head.bias,
+            labels[part],
+            weights[part],
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is drawn
         )
-    return total / (labels >= 0).sum().clamp(min=1)
+    return total
 
 
-def _summed_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def _weighted_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor
+) -> Tensor:
     logits = functional.linear(hidden, weight.to(hidden.dtype), bias)
-    return functional.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+    losses = functional.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="none")
+    return losses @ weights
 
 
 def distillation_terms(
-    settings: Loss, student: Head, target: Target, labels: Tensor | None, *, measure: bool = True
+    settings: Loss,
+    student: Head,
+    target: Target,
+    labels: Tensor | None,
+    *,
+    measure: bool = True,
+    sequences: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of a stage's losses, and each of them without gradient.
 
     Args:
         labels: as of `cross_entropy`; None unless that has a weight.
         measure: take the divergence and the agreement although the stage does not learn from them.
+        sequences: how many equally long ones the hidden states are of.
 
     Returns:
         the loss without the mixers' own terms, and what was taken: "kl" and "agreement" (where "kl" has a weight or
@@ -101,7 +128,7 @@ def distillation_terms(
     if settings.hidden:
         if not isinstance(target, Head):
             raise RecipeError("A teacher cache holds no last hidden states.", where="loss.hidden", hint="Set it to 0.")
-        terms["hidden"] = relative_error(student.hidden, target.hidden)
+        terms["hidden"] = relative_error(student.hidden, target.hidden, sequences)
     if settings.cross_entropy and labels is not None:
         terms["cross_entropy"] = cross_entropy(student, labels)
     weighted = [getattr(settings, name) * term for name, term in terms.items() if getattr(settings, name)]

@@ -11,17 +11,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from hybridize.distillation.data import Batch
 from hybridize.distillation.lora import Student
+from hybridize.distillation.memory import GpuMeter, Meter
 from hybridize.distillation.processes import Processes
 from hybridize.distillation.schedule import Shape, batch_shape
 from hybridize.distillation.stages import Step
-from hybridize.mixers.parts.budget_controller import BudgetController
-from hybridize.mixers.token_eviction import TokenEviction
 from hybridize.model.training_form import checkpointed
 from hybridize.progress import Reporter
 from hybridize.recipe.schema import Data, Stage
@@ -32,44 +30,6 @@ MARGIN = 0.08
 """Share of the memory that stays free: for what fragments, and for what a step holds beside a micro-batch."""
 _DOCUMENT_TOKENS = 512
 _ADAM_BYTES = 4 + 4
-_OFF_CPU = ("cuda",)
-
-
-class Meter(Protocol):
-    """What the memory of a device holds."""
-
-    def capacity_bytes(self) -> float:
-        """Of what is free and what this process has."""
-
-    def reset(self) -> None:
-        """Begins a new peak."""
-
-    def peak_bytes(self) -> float:
-        """The most that was in use since `reset`."""
-
-
-class GpuMeter:
-    """The caching allocator of a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def capacity_bytes(self) -> float:
-        free, total = torch.cuda.mem_get_info(self.device)
-        allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
-        return min(free + torch.cuda.memory_reserved(self.device), allowed)
-
-    def reset(self) -> None:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_bytes(self) -> float:
-        return torch.cuda.max_memory_allocated(self.device)
-
-
-def gpu_meter(device: torch.device) -> Meter | None:
-    """The meter of a GPU; None for a CPU, whose memory nobody has to fit a step into."""
-    return GpuMeter(device) if device.type in _OFF_CPU else None
 
 
 @dataclass(frozen=True)
@@ -224,22 +184,19 @@ def untouched(student: Student, device: torch.device) -> Iterator[None]:
     parameters = list(student.trained().values())
     gradients = [parameter.grad for parameter in parameters]
     auxiliary = [mixer.auxiliary for _, mixer in student.mixers]
-    controllers = _controllers(student)
-    observed = [controller._observed for controller in controllers]
+    observed = [mixer.take_observations() for _, mixer in student.mixers]
     for parameter in parameters:
         parameter.grad = None
-    for controller in controllers:
-        controller._observed = []
     try:
-        with torch.random.fork_rng([device] if device.type in _OFF_CPU else [], device_type="cuda"):
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
             yield
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        for controller, seen in zip(controllers, observed, strict=True):
-            controller._observed = seen
-        for (_, mixer), losses in zip(student.mixers, auxiliary, strict=True):
+        for (_, mixer), losses, observations in zip(student.mixers, auxiliary, observed, strict=True):
             mixer.auxiliary = losses
+            mixer.take_observations()
+            mixer.give_observations(observations)
 
 
 @contextmanager
@@ -248,14 +205,10 @@ def observed_once(student: Student) -> Iterator[None]:
 
     A mean over everything twice would be the same number, but for its last bit.
     """
-    before = [(controller, len(controller._observed)) for controller in _controllers(student)]
+    before = [mixer.take_observations() for _, mixer in student.mixers]
     yield
-    for controller, count in before:
-        del controller._observed[count + 1 :]
-
-
-def _controllers(student: Student) -> list[BudgetController]:
-    return [mixer.new.controller for _, mixer in student.mixers if isinstance(mixer, TokenEviction)]
+    for (_, mixer), observations in zip(student.mixers, before, strict=True):
+        mixer.give_observations([*observations, *mixer.take_observations()[:1]])
 
 
 def layers_by_need(
@@ -267,9 +220,9 @@ def layers_by_need(
         step: as for `Probe`.
         reporter: is told what was decided; of the processes, only the first one says it.
     """
-    meter = gpu_meter(processes.device)
-    if meter is None:
+    if processes.device.type != "cuda":  # a CPU's memory has swap behind it and others in it: no step has to fit
         return ()
+    meter = GpuMeter(processes.device)
     num_layers = student.model.config.num_hidden_layers
 
     def agree(number: int) -> int:

@@ -9,17 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from hybridize.checkpoint import AtomicFolder, FolderLock, read_manifest
+from hybridize.checkpoint import AtomicFolder, FolderLock, read_manifest, resolve_source, source_fingerprint
 from hybridize.distillation.data import PackedSequences
-from hybridize.distillation.lora import Student, save_adapter, share_frozen_weights, wrap
+from hybridize.distillation.lora import (
+    Student,
+    adapter_tensors,
+    found_again,
+    save_adapter,
+    share_frozen_weights,
+    wrap,
+)
 from hybridize.distillation.metrics import MetricsFile
-from hybridize.distillation.processes import Processes
+from hybridize.distillation.processes import Processes, fit_processes, losses_told, start_processes
 from hybridize.distillation.run_state import RunState
-from hybridize.distillation.settings import begin_or_compare, pinned_data, run_settings
+from hybridize.distillation.settings import begin_or_compare, pinned_data, recorded_processes, run_settings
+from hybridize.distillation.sharding import Sharding, gather
 from hybridize.distillation.signals import StopRequest, stop_requests
+from hybridize.distillation.stages import TeacherAnswers
 from hybridize.distillation.teacher import Teacher
+from hybridize.distillation.teacher_cache import CachedTeacher, open_teacher_cache
 from hybridize.distillation.trainer import Trainer
 from hybridize.errors import CheckpointError, RecipeError, StoppedError
 from hybridize.model import training_form
@@ -61,6 +70,7 @@ def distill(
     Raises:
         RecipeError: no data or stages, or the settings are not those that the run began with.
         UsageError: another process trains in this run.
+        ProcessLostError: one of several processes ended or does not answer.
         StoppedError: a signal came and the state, or the adapter, is saved. InterruptedError_: before there was any.
         NumbersError: a loss or gradient is not finite.
     """
@@ -70,17 +80,20 @@ def distill(
     run = Path(run)
     base = Path.cwd() if base is None else base.absolute()
     folder = run / "distill"
-    processes = Processes(Accelerator(mixed_precision="no"))
+    processes = start_processes()
     # Of several processes the first one writes; the others would find the lock taken.
-    with stop_requests() as stop, FolderLock(folder) if processes.is_first else nullcontext():
+    lock = FolderLock(folder) if processes.is_first else nullcontext()
+    with losses_told(processes.count), stop_requests() as stop, lock:
         folder.mkdir(parents=True, exist_ok=True)
         with processes.accelerator.main_process_first():
             pinned = pinned_data(folder, recipe.data, base, offline=offline)
-            identity = begin_or_compare(folder, run_settings(recipe.distill, recipe.data, pinned, plan, base))
+            begun_with = recorded_processes(folder) or processes.count
+            settings = run_settings(recipe.distill, recipe.data, pinned, plan, base, processes=begun_with)
+            identity = begin_or_compare(folder, settings)
         adapter = folder / ADAPTER_KIND
         if not _is_finished(adapter, identity):
-            job = Job(recipe.distill, pinned, plan, run, base, offline, identity)
-            _train(job, processes, reporter, stop)
+            stages = fit_processes(recipe.distill, begun_with, processes.count)
+            _train(Job(stages, pinned, plan, run, base, offline, identity), processes, reporter, stop)
         if processes.any(bool(stop)):  # came after the last step: what follows would not hear of it
             raise StoppedError(f"Stopped by {stop.name}; the training is complete.")
     return adapter
@@ -101,10 +114,14 @@ class Job:
 
 def _train(job: Job, processes: Processes, reporter: Reporter, stop: StopRequest) -> None:
     distill, folder, seed = job.distill, job.run / "distill", job.plan.seed
+    if processes.sharding is not None and distill.teacher_cache is not None:
+        what = "A teacher cache does not go with sharded weights: each process would ask the teacher for other rows."
+        raise RecipeError(what, where="distill.teacher_cache", hint="Remove it, or launch without FSDP.")
     seed_everything(seed)
     mixed = use_bfloat16(distill.precision, processes.device)
     converted = job.run / "converted"
-    student, teacher = load_pair(converted, job.plan, distill, mixed, processes.device, job.offline)
+    student, live = load_pair(converted, job.plan, distill, mixed, processes.device, job.offline, processes.sharding)
+    teacher = _with_cache(job, live, reporter)
     processes.seed(seed)
     sequences = PackedSequences.from_recipe(
         job.data,
@@ -116,11 +133,13 @@ def _train(job: Job, processes: Processes, reporter: Reporter, stop: StopRequest
         num=processes.count,
     )
     state = RunState(folder / "checkpoints", distill.keep_checkpoints)
-    snapshot, notes = state.load(processes.device)
+    snapshot, notes = state.load()
     for note in notes:
         reporter.note(note)
     processes.wait()
     resume_step = 0 if snapshot is None else snapshot.progress.step
+    if snapshot is not None and processes.is_first:
+        state.settle(snapshot.progress)
     metrics = MetricsFile(folder / "metrics.jsonl", resume_step) if processes.is_first else None
     try:
         Trainer(
@@ -129,17 +148,37 @@ def _train(job: Job, processes: Processes, reporter: Reporter, stop: StopRequest
     finally:
         if metrics is not None:
             metrics.close()
+        if isinstance(teacher, CachedTeacher):
+            teacher.close()
+    tensors = gather(adapter_tensors(student), keep=processes.is_first)
     if processes.is_first:
         provenance = {"settings": job.identity, "model": job.plan.model, "teacher": job.plan.fingerprint}
         with AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance) as out:
-            save_adapter(student, out)
+            save_adapter(student, out, tensors)
         for report in folder.glob("failure*.json"):  # of an earlier attempt
             report.unlink()
     processes.wait()
 
 
+def _with_cache(job: Job, teacher: Teacher, reporter: Reporter) -> TeacherAnswers:
+    """The teacher, or what answers for it from a cache where the recipe has one."""
+    settings = job.distill.teacher_cache
+    if settings is None:
+        return teacher
+    fingerprint = source_fingerprint(resolve_source(job.plan.teacher, offline=job.offline), headers_only=False)
+    return open_teacher_cache(
+        settings, teacher, fingerprint=fingerprint, run=job.run / "distill", base=job.base, reporter=reporter
+    )
+
+
 def load_pair(
-    converted: Path, plan: ConversionPlan, distill: Distill, mixed: bool, device: torch.device, offline: bool
+    converted: Path,
+    plan: ConversionPlan,
+    distill: Distill,
+    mixed: bool,
+    device: torch.device,
+    offline: bool,
+    sharding: Sharding | None = None,
 ) -> tuple[Student, Teacher]:
     """The student with its adapters and the teacher, on the device and in the form for training."""
     dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -147,15 +186,25 @@ def load_pair(
     # What is trained starts from the checkpoint's own digits; only the frozen rest is rounded.
     student = wrap(load_hybrid(converted, dtype=dtype), distill.lora, frozen_dtype=frozen_dtype)
     teacher = Teacher(load_teacher(plan.teacher, dtype=dtype, offline=offline).to(frozen_dtype))
-    return prepare_pair(student, teacher, share=distill.share_weights, device=device)
+    return prepare_pair(student, teacher, share=distill.share_weights, device=device, sharding=sharding)
 
 
-def prepare_pair(student: Student, teacher: Teacher, *, share: bool, device: torch.device) -> tuple[Student, Teacher]:
-    """Puts a student and its teacher on the device, what they have in common once, and into the training form."""
+def prepare_pair(
+    student: Student, teacher: Teacher, *, share: bool, device: torch.device, sharding: Sharding | None = None
+) -> tuple[Student, Teacher]:
+    """Puts a student and its teacher on the device, what they have in common once, and into the training form.
+
+    sharding: how they are spread over the processes; None: each has both whole. Then they may share what stays whole.
+    """
+    if sharding is not None:
+        for model in (student.model, teacher.model):
+            sharding.shard(model)
+        teacher.stops_early = False  # FSDP tidies up at the end of every forward pass
     if share:
         share_frozen_weights(student, teacher.model)
     for model in (student.peft, teacher.model):  # tensors that are shared move once
         model.to(device)
+    student = found_again(student)
     for model in (student.model, teacher.model):
         use_packed_attention(model)
         training_form.enter(model)

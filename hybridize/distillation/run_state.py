@@ -11,13 +11,14 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridize.checkpoint import (
     AtomicFolder,
@@ -28,11 +29,15 @@ from hybridize.checkpoint import (
     save_tensors,
     verify_folder,
 )
+from hybridize.distillation.sharding import gather, part_like, sharded_like
 from hybridize.errors import CheckpointError, VerificationError
 
 KIND = "run-checkpoint"
 _STATE_FILE = "state.json"
+_STEP = "step"
 _FOLDER = re.compile(r"step-(\d+)")
+Parameters = Mapping[str, nn.Parameter]
+"""By name."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,11 @@ class RunState:
             (partial / _STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         verify_folder(out, finite=False)
         fault_point("after-save-before-latest")
-        self._point_latest(out)
+        self.settle(progress)
+
+    def settle(self, progress: Progress) -> None:
+        """Lets `latest` name the checkpoint of that place, and removes old ones; what a kill may have left undone."""
+        self._point_latest(self.folder / f"step-{progress.step:07d}")
         for old in self._folders()[self.keep :]:
             fault_point("during-rotation")
             shutil.rmtree(old)
@@ -104,8 +113,8 @@ class RunState:
             partial.write_text(out.name + "\n", encoding="utf-8")
             os.replace(partial, latest)
 
-    def load(self, device: torch.device) -> tuple[Snapshot | None, list[str]]:
-        """The newest checkpoint that is whole.
+    def load(self) -> tuple[Snapshot | None, list[str]]:
+        """The newest checkpoint that is whole, its tensors on the CPU.
 
         Returns:
             it (None if there is none), and a sentence about each newer one that was passed over.
@@ -118,7 +127,7 @@ class RunState:
                 notes.append(f"{folder.name} is damaged and was passed over: {error.what}")
                 continue
             state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-            tensors = {name: t.to(device) for name, t in load_state(resolve_source(str(folder))).items()}
+            tensors = load_state(resolve_source(str(folder)))
             states = state.pop("random")
             state.pop("version")
             return Snapshot(Progress(**state), tensors, states), notes
@@ -159,26 +168,31 @@ def restore_random_states(states: dict[str, Any], tensors: dict[str, Tensor]) ->
             torch.cuda.set_rng_state(state.cpu(), int(name.rsplit(".", 1)[-1]))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """The optimiser's state as `optimizer.<key>.<parameter>`.
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, own: Parameters, parameters: Parameters, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """The optimiser's state as `optimizer.<key>.<parameter>`, whole; of sharded ones all processes have to ask.
 
     Args:
-        names: parameter name by id of the parameter.
+        own: what the optimiser changes, by name. parameters: what they are, or are parts of (`own_parameters`).
+        keep: as of `sharding.gather`.
     """
-    return {
-        f"optimizer.{key}.{names[id(parameter)]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    found: dict[str, Tensor] = {}
+    for name, parameter in own.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if key == _STEP else sharded_like(value, parameters[name])
+            found |= gather({f"optimizer.{key}.{name}": tensor}, keep=keep)
+    return found
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, own: Parameters, parameters: Parameters, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`, from whole tensors on any device."""
     for name, value in tensors.items():
         prefix, _, rest = name.partition(".")
         key, _, parameter_name = rest.partition(".")
         if prefix == "optimizer":
-            # AdamW counts its steps on the CPU unless told otherwise; a step count elsewhere would be slow.
-            optimizer.state[parameters[parameter_name]][key] = value.cpu() if key == "step" else value
+            parameter = own[parameter_name]
+            part = value if key == _STEP else part_like(value, parameters[parameter_name])
+            optimizer.state[parameter][key] = part.to(parameter.device)

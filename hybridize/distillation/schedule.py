@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from hybridize.errors import RecipeError
 from hybridize.recipe.schema import Data, Ramp, Stage
 
+RAMP_STAIRS = 32
+"""Steps with the same budget are alike, and a GPU can replay them."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -55,8 +58,12 @@ def learning_rates(stage: Stage, step: int) -> dict[str, float]:
 
 
 def ramp_progress(ramp: Ramp | None, step: int, steps: int) -> float:
-    """Progress in 0..1 of the budget ramp in step 0..steps-1; 1, the final budget, without a ramp."""
+    """Progress in 0..1 of the budget ramp in step 0..steps-1; 1, the final budget, without a ramp.
+
+    It goes in `RAMP_STAIRS` stairs, the first at 0.
+    """
     if ramp is None:
         return 1.0
     share = step / max(steps - 1, 1)
-    return min(max((share - ramp.start) / (ramp.end - ramp.start), 0.0), 1.0)
+    progress = min(max((share - ramp.start) / (ramp.end - ramp.start), 0.0), 1.0)
+    return math.ceil(progress * RAMP_STAIRS - 1e-9) / RAMP_STAIRS

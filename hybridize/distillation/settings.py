@@ -15,7 +15,7 @@ from hybridize.plan import ConversionPlan
 from hybridize.recipe.documents import local_files, pin_revisions
 from hybridize.recipe.schema import Data, Distill
 
-_HARMLESS = ("save_every_steps", "keep_checkpoints", "log_every_steps")
+_HARMLESS = ("save_every_steps", "keep_checkpoints", "log_every_steps", "gradient_checkpointing", "share_weights")
 """Settings of `distill` that do not change what is learnt."""
 _SAMPLE_BYTES = 1 << 20
 SETTINGS_FILE = "settings.json"
@@ -31,16 +31,27 @@ def pinned_data(folder: Path, data: Data, base: Path, *, offline: bool = False) 
     return replace(data, train=train)
 
 
-def run_settings(distill: Distill, data: Data, pinned: Data, plan: ConversionPlan, base: Path) -> dict[str, Any]:
+def recorded_processes(folder: Path) -> int | None:
+    """The number of processes that the run in `folder` began with; None where there is nothing to go on with yet."""
+    recorded = _recorded(folder)
+    return int(recorded.get("processes", 1)) if recorded else None
+
+
+def run_settings(
+    distill: Distill, data: Data, pinned: Data, plan: ConversionPlan, base: Path, *, processes: int = 1
+) -> dict[str, Any]:
     """Everything that the trained weights depend on.
 
     Args:
         distill, data: of the recipe. pinned: the data with fixed revisions.
         base: folder that text paths start from; sizes and beginnings of the files are recorded.
+        processes: that a step's sequences are counted by; those that the run began with.
     """
     training = dataclasses.asdict(distill)
     for key in _HARMLESS:
         del training[key]
+    if training["teacher_cache"] is not None:
+        del training["teacher_cache"]["folder"]
     settings = {
         "model": {"name": plan.model, "fingerprint": plan.fingerprint},
         "layers": [config.to_dict() for config in plan.layers],
@@ -51,6 +62,8 @@ def run_settings(distill: Distill, data: Data, pinned: Data, plan: ConversionPla
         "revisions": [source.revision for source in pinned.train],
         "distill": training,
     }
+    if processes > 1:
+        settings["processes"] = processes
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
 

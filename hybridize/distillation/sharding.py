@@ -6,7 +6,7 @@ saved is the same, whole tensors by name, so that a run goes on sharded or not, 
 The units that are gathered and freed together are the attention or mixer of a layer and the rest of the layer: align
 calls mixers by themselves. Some parameters stay whole in every process: those outside of the decoder layers, because
 the loss reads both heads whole and at once, so that parts of them would save nothing at the peak, while whole ones
-exist once for student and teacher; and those that several units share. Their gradients are averaged as without sharding.
+exist once for student and teacher; and those that several units share. Gradients of whole ones are averaged as ever.
 
 The optimiser never sees a DTensor: it changes this process's part in place, which is elementwise mathematics.
 """
@@ -14,6 +14,7 @@ The optimiser never sees a DTensor: it changes this process's part in place, whi
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -37,9 +39,11 @@ class Sharding:
     """How a model is spread over all processes of the run.
 
     Attributes:
+        device_type: of the processes' devices.
         reshard_after_forward: gather the weights of a unit again in the backward pass instead of keeping them.
     """
 
+    device_type: str
     reshard_after_forward: bool = True
 
     @torch.no_grad()
@@ -53,13 +57,16 @@ class Sharding:
         layers = list(adapter.layers(inner))
         units = [unit for layer in layers for unit in (adapter.attention(layer), layer)]
         whole = _parameters_to_keep_whole(inner, [adapter.attention(layer) for layer in layers], layers)
+        mesh = init_device_mesh(self.device_type, (distributed.get_world_size(),))
         for unit in units:
-            fully_shard(unit, reshard_after_forward=self.reshard_after_forward, ignored_params=whole)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=self.reshard_after_forward, ignored_params=whole)
             for name in FORWARD_METHODS:
                 if hasattr(unit, name):
                     register_fsdp_forward_method(unit, name)
-        fully_shard(inner, ignored_params=whole)
+        fully_shard(inner, mesh=mesh, ignored_params=whole)
         _settle(inner)
+        # The ops return views here and there, and nothing is ever added to one in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def requested_sharding(accelerator: Any) -> Sharding | None:
@@ -80,7 +87,7 @@ def requested_sharding(accelerator: Any) -> Sharding | None:
         raise UsageError("the processes shard in one dimension.", hint="Launch without a parallelism configuration.")
     # transformers would give weights to the first process alone, and leave it to accelerate to hand them on.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return Sharding(bool(plugin.reshard_after_forward))
+    return Sharding(accelerator.device.type, bool(plugin.reshard_after_forward))
 
 
 def _parameters_to_keep_whole(
@@ -127,13 +134,12 @@ def part_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()  # every process has read it
 
 
-def whole_like(part: Tensor, parameter: Tensor) -> Tensor:
-    """All of a tensor of which this process holds a part, sharded as a parameter is; all processes have to ask."""
+def sharded_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor of which this process holds a part, sharded as a parameter is; the part if that is not sharded."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
-    sharded = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
-    return sharded.full_tensor()
+    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
 @torch.no_grad()

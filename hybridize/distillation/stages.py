@@ -67,18 +67,19 @@ class TargetLearner(Protocol):
 
 @dataclass
 class Captured:
-    """A layer's trace, and its mixer's targets once they are known."""
+    """A layer's trace of some sequences, and its mixer's targets once they are known."""
 
     trace: AttentionTrace
+    sequences: int
     targets: Any = None
 
 
 class Align:
     """Every mixer learns from its teacher layer alone; no gradient goes between layers.
 
-    The loss of a layer is ||mixer(x) - attention(x)||² / ||attention(x)||² or, where the mixer has one, its own loss
-    from the teacher's projections; the error of the output is then only measured. To it comes what the mixer adds.
-    Each layer's graph is freed before the next one is built.
+    The loss of a layer is ||mixer(x) - attention(x)||² / ||attention(x)||², the mean over the sequences, or, where the
+    mixer has one, its own loss from the teacher's projections; the error of the output is then only measured. To it
+    comes what the mixer adds. Each layer's graph is freed before the next one is built.
     """
 
     groups: tuple[Group, ...] = ("mixers", "projections")
@@ -91,7 +92,7 @@ class Align:
 
     def prepare(self, batch: Batch) -> dict[int, Captured]:
         traces = self.teacher.trace(batch, [index for index, _ in self.mixers])
-        return {index: Captured(trace) for index, trace in traces.items()}
+        return {index: Captured(trace, len(batch.tokens)) for index, trace in traces.items()}
 
     def backward(self, prepared: dict[int, Captured], share: float, *, measure: bool) -> Measured:
         measured: Measured = {}
@@ -103,7 +104,7 @@ class Align:
             extra = dict(mixer.auxiliary)  # a forward pass that only measures would leave it empty
             if isinstance(mixer, TargetLearner):
                 if measure:
-                    measured[f"layer_{index}"] = self._error_in_use(mixer, captured.trace)
+                    measured[f"layer_{index}"] = self._error_in_use(mixer, captured)
             else:
                 measured[f"layer_{index}"] = loss.detach()
             loss = loss + self.stage.objective.auxiliary * _sum(extra, loss)
@@ -123,7 +124,7 @@ class Align:
         with self.autocast:
             if not isinstance(mixer, TargetLearner):
                 out, _ = mixer(**trace.inputs())
-                return relative_error(out, trace.output), {}
+                return relative_error(out, trace.output, captured.sequences), {}
             targets = captured.targets
             if targets is None:
                 targets = mixer.align_targets(**trace.inputs())
@@ -133,13 +134,13 @@ class Align:
         return loss, {"retention_target": loss}
 
     @torch.no_grad()
-    def _error_in_use(self, mixer: Mixer, trace: AttentionTrace) -> Tensor:
+    def _error_in_use(self, mixer: Mixer, captured: Captured) -> Tensor:
         """The relative error of the output as in inference, at the final settings."""
         mixer.eval()
         with self.autocast:
-            out, _ = mixer(**trace.inputs())
+            out, _ = mixer(**captured.trace.inputs())
         mixer.train()
-        return relative_error(out, trace.output)
+        return relative_error(out, captured.trace.output, captured.sequences)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """One a mixer, since the layers do not know of each other; what mixers share is clipped with the first."""
@@ -171,7 +172,9 @@ class Distil:
         student = Head(hidden, model.lm_head.weight, model.lm_head.bias)
         objective = self.stage.objective
         labels = next_tokens(batch.tokens, batch.labels_mask) if objective.cross_entropy else None
-        loss, measured = distillation_terms(objective, student, target, labels, measure=measure)
+        loss, measured = distillation_terms(
+            objective, student, target, labels, measure=measure, sequences=len(batch.tokens)
+        )
         found: dict[str, list[Tensor]] = {}
         for _, mixer in self.student.mixers:
             for name, value in mixer.auxiliary.items():

@@ -46,10 +46,14 @@ class Teacher:
 
     Args:
         model: a transformers causal language model.
+
+    Attributes:
+        stops_early: `trace` leaves out what comes after the last layer that is asked for.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.stops_early = True
         self.adapter = family(model.config.model_type)
 
     # `inference_mode` would be a little faster, but its tensors may not be saved for a backward pass.
@@ -86,7 +90,7 @@ class Teacher:
                 hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
                 traces[index] = AttentionTrace(hidden_states, (cos, sin), out[0], cu_seqlens)
-                if index == wanted[-1]:
+                if index == wanted[-1] and self.stops_early:
                     raise _LastLayerDone
 
             attention = self.adapter.attention(decoder_layers[index])

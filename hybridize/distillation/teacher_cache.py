@@ -36,11 +36,12 @@ def row_keys(batch: Batch) -> list[str]:
 
     Args:
         batch: tokens [B, T]; bounds of documents in the flattened rows, every row edge among them, or None where each
-            row is one text. Tokens on a GPU make the host wait.
+            row is one text. Tokens on a GPU, of which the batch has no copy on the host, make that wait.
 
     Raises:
         ValueError: a document goes from one row into the next.
     """
+    batch = batch.on_host or batch
     tokens = batch.tokens.to(device="cpu", dtype=torch.int32).numpy().astype("<i4", order="C", copy=False)
     num_rows, length = tokens.shape
     edges = np.arange(num_rows + 1) * length
@@ -102,18 +103,12 @@ class CachedTeacher:
         return TopK(found.ids.flatten(0, 1)[None], found.log_probs.flatten(0, 1)[None])
 
     @torch.no_grad()
-    def trace(
-        self, batch: Batch, layers: Iterable[int], keys: Sequence[str] | None = None
-    ) -> dict[int, AttentionTrace]:
-        """Input and output of the attention of these layers; the output is computed from the stored input.
-
-        Args:
-            keys: as in `targets`.
-        """
+    def trace(self, batch: Batch, layers: Iterable[int]) -> dict[int, AttentionTrace]:
+        """Input and output of the attention of these layers; the output is computed from the stored input."""
         wanted = sorted(set(layers))
         if not self.layer_inputs:
             return self.teacher.trace(batch, wanted)
-        keys = row_keys(batch) if keys is None else keys
+        keys = row_keys(batch)
         stored, missing = self._look_up(LAYER_INPUTS, keys, [str(index) for index in wanted])
         fresh: Rows = {}
         if missing:
@@ -155,7 +150,7 @@ class CachedTeacher:
             return batch, slice(None)
         if batch.bounds is not None:  # one packed text, whose documents are laid end to end
             return batch, rows
-        return replace(batch, tokens=batch.tokens[rows]), slice(None)
+        return replace(batch, tokens=batch.tokens[rows], on_host=None), slice(None)
 
     def _assemble(
         self, stored: Sequence[Tensor | None], keys: Sequence[str], missing: Sequence[str], fresh: Tensor | None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridize.checkpoint import fault_point
 from hybridize.distillation.ahead import Ahead
@@ -28,6 +28,7 @@ from hybridize.distillation.lora import Student
 from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.processes import Processes
 from hybridize.distillation.recomputation import layers_by_need, observed_once
+from hybridize.distillation.recorded import recorded
 from hybridize.distillation.run_state import (
     Progress,
     RunState,
@@ -37,6 +38,7 @@ from hybridize.distillation.run_state import (
     restore_random_states,
 )
 from hybridize.distillation.schedule import Shape, batch_shape, learning_rates, ramp_progress
+from hybridize.distillation.sharding import connect, gather, own_parameters, own_part, part_like
 from hybridize.distillation.signals import StopRequest
 from hybridize.distillation.stages import Measured, Step, TeacherAnswers, make_step
 from hybridize.distillation.teacher_cache import CachedTeacher
@@ -89,6 +91,8 @@ class Trainer:
     progress: Progress = field(init=False)
     saved_step: int = field(init=False, default=0)
     _resumed: Snapshot | None = field(init=False, default=None)
+    _own: dict[str, nn.Parameter] = field(init=False, default_factory=dict)
+    """What the optimiser changes, by name: the trained parameters, or this process's parts of them."""
 
     def train(self, snapshot: Snapshot | None) -> None:
         """Runs every stage from the beginning, or from a snapshot to the end.
@@ -117,10 +121,13 @@ class Trainer:
         step = make_step(stage, self.student, self.teacher, self._autocast())
         self.student.model.train()
         self._set_gradient_checkpointing(stage)
+        shape, _ = self._wanted(index, 0)
+        tokens = shape.sequences * shape.tokens
+        step = recorded(step, self.student, tokens, self.processes.device, self.reporter.note)
         optimizer = self._optimizer(stage, step)
         first = self.progress.stage_step
         if self._resumed is not None:
-            load_optimizer(optimizer, self.student.trained(), self._resumed.tensors)
+            load_optimizer(optimizer, self._own, self.student.trained(), self._resumed.tensors)
             self._resumed = None
         numbers: LateSteps = LateNumbers(self.processes.device)
         micros: list[Micro] = []
@@ -171,7 +178,7 @@ class Trainer:
         measured = self._backward(stage, stage_step, step, micros)
         groups = step.clip_groups()
         self.processes.average_gradients(parameter for group in groups for parameter in group)
-        norms = clip(groups, stage.clip_norm)
+        norms = clip(groups, stage.clip_norm, self.processes.sum)
         numbers = self._agree(measured, norms.total)
         optimizer.step()
         for _, mixer in self.student.mixers:
@@ -237,9 +244,14 @@ class Trainer:
             raise RecipeError(
                 "No layer has a parameter that this stage trains.", where=f"stage {stage.name}", hint=hint
             )
-        parameters = [{"name": name, "params": list(named.values()), "lr": 0.0} for name, named in groups.items()]
+        trained = self.student.trained()
+        self._own = own_parameters({name: trained[name] for named in groups.values() for name in named})
+        parameters = [
+            {"name": group, "params": [self._own[name] for name in named], "lr": 0.0} for group, named in groups.items()
+        ]
         optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=stage.weight_decay, fused=True)
         optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # fused optimisers skip a step where it is 1
+        connect(optimizer, ((own, trained[name]) for name, own in self._own.items()))
         return optimizer
 
     def _schedule_mixers(self, progress: float, sequence_tokens: int) -> None:
@@ -249,6 +261,8 @@ class Trainer:
     def _set_gradient_checkpointing(self, stage: Stage) -> None:
         wanted = self.distill.gradient_checkpointing
         layers: Iterable[int] = ()
+        if self.processes.sharding is not None and wanted == "auto":
+            wanted = True  # a probe that fails in one process would leave the others waiting in FSDP's messages
         if stage.kind != "align" and wanted == "auto":
             # By the teacher itself: what is asked here is not worth storing.
             teacher = self.teacher.teacher if isinstance(self.teacher, CachedTeacher) else self.teacher
@@ -290,18 +304,25 @@ class Trainer:
 
     def _save(self, optimizer: torch.optim.Optimizer, numbers: LateSteps, log: StepLog) -> None:
         self._read(numbers, log, everything=True)
-        others = self.processes.gather_random_states() if self.saved_step < self.progress.step else {}
-        if self.metrics is not None and self.saved_step < self.progress.step:
-            trained = self.student.trained()
-            names = {id(parameter): name for name, parameter in trained.items()}
-            tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained.items()}
-            tensors |= {f"buffer.{name}": buffer for name, buffer in self.student.buffers.items()}
-            tensors |= others
-            stage_goes_on = self.progress.stage_step > 0  # the next stage begins with a new optimiser
-            self.metrics.sync()
-            self.state.save(self.progress, tensors | (optimizer_tensors(optimizer, names) if stage_goes_on else {}))
+        if self.saved_step < self.progress.step:
+            tensors = self._tensors_to_save(optimizer)
+            if isinstance(self.teacher, CachedTeacher):
+                self.teacher.flush()
+            if self.metrics is not None:
+                self.metrics.sync()
+                self.state.save(self.progress, tensors)
         self.saved_step = self.progress.step
         self.processes.wait()
+
+    def _tensors_to_save(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Whole tensors by name, in the first process; the others give it their parts."""
+        trained, keep = self.student.trained(), self.processes.is_first
+        tensors = self.processes.gather_random_states()
+        tensors |= gather({f"model.{name}": parameter for name, parameter in trained.items()}, keep=keep)
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.student.buffers.items()}
+        if self.progress.stage_step > 0:  # the next stage begins with a new optimiser
+            tensors |= optimizer_tensors(optimizer, self._own, trained, keep=keep)
+        return tensors
 
     def _restore(self, snapshot: Snapshot) -> None:
         self.progress = snapshot.progress
@@ -313,7 +334,7 @@ class Trainer:
         own |= {f"buffer.{name}": buffer for name, buffer in self.student.buffers.items()}
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(snapshot.tensors[name])
+                own_part(tensor).copy_(part_like(snapshot.tensors[name], tensor))
         self._resumed = snapshot
 
     def _stop_if_asked(self, optimizer: torch.optim.Optimizer, numbers: LateSteps, log: StepLog) -> None:

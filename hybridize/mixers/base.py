@@ -6,7 +6,7 @@ split, positions under padding and the cache; `mix` does what makes one mixer di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -264,11 +264,28 @@ class Mixer(nn.Module):
     def schedule(self, progress: float, sequence_tokens: int) -> None:
         """Told by the trainer before each step: `progress` in 0..1 of the stage's ramp (1 = final setting)."""
 
+    def schedule_key(self) -> Hashable:
+        """What of the schedule a training pass takes from the host; None: more than `schedule` tells."""
+        return ()
+
+    def take_observations(self) -> list[Any]:
+        """What training passes have told the mixer's controller, if it has one, since its last step; it forgets it."""
+        controller = getattr(self.new, "controller", None)
+        return [] if controller is None else controller.take_observations()  # type: ignore[no-any-return]
+
+    def give_observations(self, observations: Sequence[Any]) -> None:
+        """Tells the controller again what `take_observations` gave."""
+        if observations:
+            self.new.controller.give_observations(observations)
+
     def after_step(self) -> None:
         """Told by the trainer after each optimiser step (controllers update here)."""
 
-    def metrics(self) -> dict[str, float]:
-        """What the trainer logs of this mixer (kept tokens a head, ...)."""
+    def metrics(self) -> dict[str, Tensor | float]:
+        """What the trainer logs of this mixer (kept tokens a head, ...).
+
+        What a device computes stays there, as scalars, so that nobody waits for it.
+        """
         return {}
 
     def share(self, first: Mixer) -> None:

@@ -15,18 +15,19 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
 from hybridize.mixers.parts.slots import make_writable
 from hybridize_kernels import (
+    delta_gates,
     gated_delta_rule,
     gated_delta_rule_step,
     gated_rms_norm,
     short_convolution,
     short_convolution_step,
+    short_convolutions,
 )
 
 SHORTEST_HALF_LIFE_TOKENS = 1.0
@@ -93,12 +94,16 @@ class GatedDeltaNetParameters(nn.Module):
 
     def gates(self, hidden_states: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """log a and b, each [B, T, HQ] fp32; both 0 where `real` [B, T] is False, which leaves the state untouched."""
-        rate = torch.exp(self.decay_rate.float())
-        log_decay = -rate * F.softplus(self.decay(hidden_states).float() + self.decay_bias.float())
-        beta = self.beta_ceiling * torch.sigmoid(self.beta(hidden_states).float())
-        if real is None:
-            return log_decay, beta
-        return torch.where(real[..., None], log_decay, 0.0), torch.where(real[..., None], beta, 0.0)
+        return delta_gates(
+            hidden_states,
+            self.decay.weight,
+            self.decay_bias,
+            self.decay_rate,
+            self.beta.weight,
+            self.beta.bias,
+            beta_ceiling=self.beta_ceiling,
+            real=real,
+        )
 
     def gate_of(self, hidden_states: Tensor) -> Tensor | None:
         """The output gate before its sigmoid, [B, T, HQ, D], or None."""
@@ -220,10 +225,7 @@ class GatedDeltaNet(Mixer):
         """Causal convolution over the real tokens of each row; padding between them is stepped over."""
         xs, taps = (q, k, v), (self.new.q_taps, self.new.k_taps, self.new.v_taps)
         if state is None:
-            first, second, third = (
-                short_convolution(x, weight, real=real, cu_seqlens=cu_seqlens)[0]
-                for x, weight in zip(xs, taps, strict=True)
-            )
+            first, second, third = short_convolutions(xs, taps, real=real, cu_seqlens=cu_seqlens)
             return first, second, third
         tail = state["tail"]
         parts = tail.split([weight.shape[0] for weight in taps], dim=2)

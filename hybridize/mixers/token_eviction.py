@@ -5,7 +5,8 @@ best `budget_tokens` of those that have left i's window. A score r_j = sigmoid(x
 small CNN over the keys before RoPE and the values of the tokens j - m .. j + m. The decision is hard; in training r_j
 gets the gradient of a gate on v_j.
 
-What differs from the paper: the cap binds in training, prefill and decode alike, and by the same rule (there it is
+What differs from the paper: the L1 loss reaches a little below the threshold, and its weight moves by small steps
+(see `BudgetController`); the cap binds in training, prefill and decode alike, and by the same rule (there it is
 left out of training, and prefill lets early queries see by the whole prompt's ranking); a score is computed once, as
 soon as its right context is there, by a scorer that streams, instead of rescoring a de-rotated window now and then.
 """
@@ -22,7 +23,7 @@ from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.budget_controller import BudgetController
-from hybridize.mixers.parts.documents import document_counts, document_of_tokens, document_positions
+from hybridize.mixers.parts.documents import document_of_tokens, document_positions
 from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
 from hybridize.mixers.parts.retained_slots import completed, fill_retained
 from hybridize.mixers.parts.slots import (
@@ -35,7 +36,7 @@ from hybridize.mixers.parts.slots import (
     take,
 )
 from hybridize.mixers.parts.token_scorer import TokenScorer
-from hybridize_kernels import retained_attention, retained_decode
+from hybridize_kernels import RetentionDecision, retained_attention, retained_decode, retention_decision
 
 SCORE_GRID = 2.0**16
 """Scores are compared on a grid of this many steps a unit: tokens in equal surroundings tie exactly (the earlier one
@@ -64,7 +65,6 @@ class RetentionTargets:
     Attributes:
         keys, values: [B, T, H, D], what the scorer reads, the keys before RoPE. positions: [B, T].
         future: [B, T, H], see `future_attention`; -inf where the score is incomplete.
-        complete: [B, T] bool.
         cu_seqlens: [N + 1], the bounds of documents packed into one row, or None.
     """
 
@@ -72,7 +72,6 @@ class RetentionTargets:
     values: Tensor
     positions: Tensor
     future: Tensor
-    complete: Tensor
     cu_seqlens: Tensor | None = None
 
 
@@ -110,10 +109,14 @@ class TokenEviction(Mixer):
         """The cap in force: the scheduled one in training, else the final one."""
         return self._budget_tokens if self.training else self.config.budget_tokens  # type: ignore[no-any-return]
 
+    def schedule_key(self) -> int | None:
+        in_first_steps = self.config.warmup_steps or self.config.freeze_steps
+        return None if in_first_steps else self._budget_tokens
+
     def after_step(self) -> None:
         self.new.controller.after_step(self._budget_tokens)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Tensor | float]:
         return {**self.new.controller.metrics(), "budget_tokens": float(self._budget_tokens)}
 
     def mix(
@@ -135,20 +138,14 @@ class TokenEviction(Mixer):
                 return self._decode(q, k, v, unrotated, state, positions), {}
             return self._append(q, k, v, unrotated, state, positions), {}
 
-        if self.training or not self.padded:
-            logit = self._logits(unrotated, v, positions, cu_seqlens)
-        else:
-            logit = self._logits_in_any_padding(unrotated, v, positions)
-        score = self._score(logit)
-        complete = self._complete(positions, cu_seqlens)
-        decided = torch.where(complete[..., None], _on_grid(score), 0.0)
-        everything = self.training and self._in_first_steps(self.config.warmup_steps)
         in_order = positions if self.padded else None
+        decision = self._decide(self._logits(unrotated, v, in_order, cu_seqlens), in_order, cu_seqlens)
+        everything = self.training and self._in_first_steps(self.config.warmup_steps)
         out = self._attend(
             q,
             k,
             v,
-            torch.ones_like(decided) if everything else decided,
+            torch.ones_like(decision.decided) if everything else decision.decided,
             in_order,
             in_order,
             budget=None if everything else self.budget_tokens,
@@ -156,7 +153,7 @@ class TokenEviction(Mixer):
         )
         if not self.training:
             return out, {}
-        return out, {"eviction_budget": self._budget_loss(score, complete, cu_seqlens)}
+        return out, {"eviction_budget": self._observed(decision)}
 
     # Learning from the teacher's queries and keys alone.
 
@@ -188,7 +185,7 @@ class TokenEviction(Mixer):
             cu_seqlens=cu_seqlens,
         )
         future = future.masked_fill(~complete[..., None], -torch.inf)
-        return RetentionTargets(k, v, positions, future, complete, cu_seqlens)
+        return RetentionTargets(k, v, positions, future, cu_seqlens)
 
     def align_loss(self, targets: RetentionTargets) -> Tensor:
         """The scorer's regression loss, a scalar; sets `auxiliary` as a forward pass does.
@@ -197,8 +194,8 @@ class TokenEviction(Mixer):
         nor the error that remains, and it costs a pass through the attention, forward and back.
         """
         bounds = targets.cu_seqlens
-        logit = self._logits(targets.keys, targets.values, targets.positions, bounds)
-        self.auxiliary = {"eviction_budget": self._budget_loss(self._score(logit), targets.complete, bounds)}
+        logit = self._logits(targets.keys, targets.values, None, bounds)
+        self.auxiliary = {"eviction_budget": self._observed(self._decide(logit, None, bounds))}
         sinks = self.config.sink_tokens
         return retention_target_loss(logit, targets.future, targets.positions, sinks=sinks, cu_seqlens=bounds)
 
@@ -222,17 +219,18 @@ class TokenEviction(Mixer):
 
     # Scores.
 
-    def _logits(self, k: Tensor, v: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """k before RoPE, v [B, T, H, D], positions [B, T] -> [B, T, H]; no padding may lie between real tokens."""
+    def _logits(self, k: Tensor, v: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """k before RoPE, v [B, T, H, D] -> [B, T, H]; positions [B, T] where there may be padding, else None."""
         if self.config.detach_scorer_input:
             k, v = k.detach(), v.detach()
-        logit: Tensor = self.new.scorer(k, v, positions >= 0 if cu_seqlens is None else None, cu_seqlens)
+        if positions is None:
+            logit: Tensor = self.new.scorer(k, v, None, cu_seqlens)
+        else:
+            # Padding may lie between real tokens, as in a batch of conversations padded turn by turn.
+            order = real_tokens_first(positions)
+            real = take(positions, order) >= 0
+            logit = take(self.new.scorer(take(k, order), take(v, order), real), order.argsort(dim=1))
         return logit.detach() if self.training and self._in_first_steps(self.config.freeze_steps) else logit
-
-    def _logits_in_any_padding(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """The same where padding lies between real tokens, as in a batch of conversations padded turn by turn."""
-        order = real_tokens_first(positions)
-        return take(self._logits(take(k, order), take(v, order), take(positions, order)), order.argsort(dim=1))
 
     def _complete(self, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[B, T] bool: a text's last m tokens lack right context; they are inside every window, without a score."""
@@ -249,18 +247,25 @@ class TokenEviction(Mixer):
     def _in_first_steps(self, steps: int) -> bool:
         return steps > 0 and int(self.new.controller.steps) < steps
 
-    def _budget_loss(self, score: Tensor, complete: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Mean of lambda max(r, 0) over rows, heads and the tokens with a complete score; the controller watches."""
-        num_complete = complete.sum().clamp(min=1)
-        kept = (score > 0) & complete[..., None]
-        if cu_seqlens is None:
-            share = kept.sum((0, 1)) / num_complete
-            self.new.controller.observe(share, max(score.shape[1] - self.config.margin_tokens, 0))
-        else:
-            self.new.controller.observe_documents(document_counts(kept[0], cu_seqlens), cu_seqlens.diff())
-        positive = torch.where(complete[..., None], score.clamp(min=0), 0.0).sum((0, 1)) / num_complete
-        loss: Tensor = (self.new.controller.l1_weight * positive).mean()
-        return loss
+    def _decide(self, logit: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None = None) -> RetentionDecision:
+        """What the logits [B, T, H] of whole texts decide; positions [B, T] where there may be padding, else None."""
+        return retention_decision(
+            logit,
+            self.new.controller.l1_weight,
+            score=self.config.score,
+            steps_per_unit=SCORE_GRID,
+            margin=self.config.margin_tokens,
+            # A ReLU has no gradient below its threshold.
+            l1_margin=self.config.l1_margin if self.config.score == "sigmoid" else 0.0,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            longer_than=self.config.window_tokens + self.config.budget_tokens,
+        )
+
+    def _observed(self, decision: RetentionDecision) -> Tensor:
+        """The L1 loss of a micro-batch, which the controller of its weight takes note of."""
+        self.new.controller.observe(decision.kept_share, decision.scored_tokens)
+        return decision.budget_loss
 
     # Attention and its state.
 
@@ -326,11 +331,9 @@ class TokenEviction(Mixer):
         order = real_tokens_first(positions) if self.padded else None
         if state.seen_tokens == 0:
             # Decided by the very numbers that decide where there is no state.
-            compute = self._logits if order is None else self._logits_in_any_padding
-            score = _on_grid(self._score(compute(unrotated, v, positions).detach()))
-            score = torch.where(self._complete(positions)[..., None], score, 0.0)
-            self._start_history(unrotated, v, state, positions, order)
             in_order = None if order is None else positions
+            score = self._decide(self._logits(unrotated, v, in_order).detach(), in_order).decided
+            self._start_history(unrotated, v, state, positions, order)
             out = self._attend(q, k, v, score, in_order, in_order, budget=self.config.budget_tokens)
             self._store(state, {"keys": k, "values": v, "scores": score, "positions": new_positions}, positions, order)
             return out

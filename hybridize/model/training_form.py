@@ -8,7 +8,7 @@ changes no parameter and no name, and `leave` takes it off again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hybridize.families import family
 from hybridize.families.base import FamilyAdapter
 from hybridize.mixers.base import Mixer
-from hybridize_kernels import LoraProjection, lora_linear, rms_norm, rotary, swiglu
+from hybridize_kernels import LoraProjection, gated_mlp, lora_linear, rms_norm, rotary, swiglu
 
 _FORWARD = "forward"
 _ADAPTER = "default"
@@ -36,15 +36,16 @@ def enter(model: Any) -> None:
         else:
             setattr(attention, _FORWARD, partial(_attention, attention, adapter))
         setattr(layer, _FORWARD, partial(_layer, layer, attention))
+    for module in model.model.modules():
+        if hasattr(module, "variance_epsilon"):  # transformers' RMSNorms, the last one and those of queries and keys
+            setattr(module, _FORWARD, partial(_norm, module))
 
 
 def leave(model: Any) -> None:
     """Takes the training form off."""
-    adapter = family(model.config.model_type)
-    for layer in adapter.layers(model.model):
-        for module in (layer, adapter.attention(layer)):
-            for name in (_FORWARD, "project"):
-                module.__dict__.pop(name, None)
+    for module in model.model.modules():
+        for name in (_FORWARD, "project"):
+            vars(module).pop(name, None)
 
 
 def project(x: Tensor, modules: Sequence[nn.Module], residual: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -76,7 +77,7 @@ def _projection(module: Any) -> LoraProjection | None:
 
 def _layer(layer: Any, attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-    if args or kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
+    if args or _has_cache(kwargs):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
     run = partial(_layer_body, layer, attention, **kwargs)
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
@@ -85,13 +86,19 @@ def _layer(layer: Any, attention: Any, hidden_states: Tensor, *args: Any, **kwar
 
 
 def _layer_body(layer: Any, attention: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    mlp = layer.mlp
+    mlp, after = layer.mlp, layer.post_attention_layernorm
     # The stream goes on with what the norm returns of it: its two gradients meet in the norm's own backward pass.
     normed, hidden_states = _norm(layer.input_layernorm, hidden_states, return_sum=True)
     out, _ = attention(hidden_states=normed, **kwargs)
-    normed, hidden_states = _norm(layer.post_attention_layernorm, out, hidden_states)
-    gate, up = project(normed, (mlp.gate_proj, mlp.up_proj))
-    return project(swiglu(gate, up), (mlp.down_proj,), hidden_states)[0]
+    gate, up, down = (_projection(module) for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    is_swiglu = mlp.config.hidden_act in ("silu", "swish")
+    if is_swiglu and gate is not None and up is not None and down is not None:
+        return gated_mlp(out, hidden_states, after.weight, gate, up, down, epsilon=after.variance_epsilon)
+    normed, hidden_states = _norm(after, out, hidden_states)
+    if not is_swiglu:
+        return hidden_states + mlp(normed)  # type: ignore[no-any-return]
+    inner = swiglu(*project(normed, (mlp.gate_proj, mlp.up_proj)))
+    return project(inner, (mlp.down_proj,), hidden_states)[0]
 
 
 def _norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, return_sum: bool = False) -> Any:
@@ -108,11 +115,14 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Full attention as transformers has it."""
+    if _has_cache(kwargs):
+        whole = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
+        return type(attention).forward(attention, position_embeddings=position_embeddings, **whole)  # type: ignore[no-any-return]
     assert position_embeddings is not None
     shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
     q, k, v = (x.view(shape) for x in project(hidden_states, (attention.q_proj, attention.k_proj, attention.v_proj)))
     if adapter.qk_norm:
-        q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
+        q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = rotary(q, k, *position_embeddings)
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     out, _ = attend(
@@ -124,6 +134,11 @@ def _attention(
         **{"sliding_window": getattr(attention, "sliding_window", None), **kwargs},
     )
     return project(out.reshape(*hidden_states.shape[:-1], -1), (attention.o_proj,))[0], None
+
+
+def _has_cache(arguments: Mapping[str, Any]) -> bool:
+    """Whether a layer is called to decode, which is not what this form is for."""
+    return arguments.get("cache") is not None or arguments.get("past_key_values") is not None
 
 
 def checkpointed(model: Any, layers: Iterable[int]) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import transformers
 import triton
-from distillation_models import Case, distillation, forward_alone, plain_training
+
+from benchmarks.distillation_models import Case, distillation, forward_alone, plain_training
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "results"
 SMALL = "smollm2-135m"

@@ -44,6 +44,28 @@ def test_cross_entropy_of_one_token_is_zero() -> None:
     assert cross_entropy(Head(torch.randn(1, 1, 6), torch.randn(11, 6)), next_tokens(tokens)) == 0
 
 
+def test_losses_do_not_depend_on_how_sequences_are_cut_into_micro_batches() -> None:
+    student, teacher, tokens = heads()
+    continues = torch.rand(tokens.shape) > 0.4  # another number of labels in each
+    continues[:, 0] = True
+    labels = next_tokens(tokens, continues)
+    settings = Loss(kl=0.5, hidden=2.0, cross_entropy=0.25)
+
+    def loss(rows: slice) -> torch.Tensor:
+        parts = (Head(head.hidden[rows].flatten(0, 1)[None], head.weight) for head in (student, teacher))
+        total, _ = distillation_terms(settings, *parts, labels[rows], sequences=len(labels[rows]))
+        return total
+
+    one_by_one = torch.stack([loss(slice(row, row + 1)) for row in range(len(labels))]).mean()
+    torch.testing.assert_close(loss(slice(None)), one_by_one)
+    uneven = relative_error(student.hidden[:2] * torch.tensor([1.0, 9.0])[:, None, None], teacher.hidden[:2], 2)
+    each = [
+        relative_error(student.hidden[0], teacher.hidden[0]),
+        relative_error(9 * student.hidden[1], teacher.hidden[1]),
+    ]
+    torch.testing.assert_close(uneven, torch.stack(each).mean())
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse", "mixed"])
 def test_terms_are_weighted_and_measured(direction: str) -> None:
     student, teacher, tokens = heads()

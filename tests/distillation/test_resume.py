@@ -49,6 +49,42 @@ def test_killed_many_times(run: Path, reference: Path, serve: Server) -> None:
     assert_same(run / "distill", reference)
 
 
+def batches_of(run: Path, patch: pytest.MonkeyPatch) -> dict[int, list[Batch]]:
+    """Goes on with a run over short documents; the micro-batches of each step."""
+    found: dict[int, list[Batch]] = {}
+    step = Trainer._step
+
+    def watched(self: Trainer, stage: Any, stage_step: int, how: Any, micros: Any, *args: Any) -> Any:
+        found[self.progress.step + 1] = [micro.batch for micro in micros]
+        return step(self, stage, stage_step, how, micros, *args)
+
+    with patch.context() as inner:
+        inner.setattr(Trainer, "_step", watched)
+        again(run, "packed", save_every_steps=2)
+    return found
+
+
+@pytest.mark.parametrize("killed_in", [2, 3, 6])
+def test_a_stream_of_documents_goes_on_at_the_exact_one(
+    run: Path, serve: Server, monkeypatch: pytest.MonkeyPatch, killed_in: int
+) -> None:
+    straight = run.with_name(run.name + "-straight")
+    shutil.copytree(run, straight)
+    expected = batches_of(straight, monkeypatch)
+    assert serve(run, f"step-start:kill:{killed_in}", "packed", save_every_steps=2) == -signal.SIGKILL
+    found = batches_of(run, monkeypatch)
+    saved = {2: 0, 3: 2, 6: 4}[killed_in]  # steps 2 and 4, and 3 where a stage ends
+    assert sorted(found) == list(range(saved + 1, 8))
+    for step, batches in found.items():
+        assert [batch.documents for batch in batches] == [batch.documents for batch in expected[step]]
+        for batch, wanted in zip(batches, expected[step], strict=True):
+            assert torch.equal(batch.tokens, wanted.tokens)
+            assert batch.bounds is not None, "short documents begin inside the rows"
+            assert wanted.bounds is not None
+            assert torch.equal(batch.bounds, wanted.bounds)
+    assert_same(run / "distill", straight / "distill")
+
+
 def test_full_disk_keeps_the_previous_checkpoint(run: Path, reference: Path, serve: Server) -> None:
     assert serve(run, "shard:ENOSPC:3") == 5
     assert_same(again(run), reference)

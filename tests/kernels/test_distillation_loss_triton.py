@@ -148,7 +148,8 @@ def test_chunks_are_as_large_as_the_table_says_and_even(monkeypatch):
     assert chunk_size(8192, 4 * 49152, trained=False) == 1024
     assert chunk_size(8192, 4 * 49152, trained=True) == 2048
     assert chunk_size(2100, 4 * 49152, trained=False) == 768  # three of them, and none of 52
-    assert chunk_size(8192, 4 << 20, trained=False) == 48
+    assert chunk_size(8192, 4 * 151936, trained=False) == 1024  # enough tokens for the products, at more memory
+    assert chunk_size(8192, 5 << 20, trained=False) == 128  # as many as the limit allows
     assert chunk_size(100, 2, trained=False) == 100
     assert chunk_size(0, 2, trained=False) == 1
     assert chunk_size(9, 1 << 40, trained=False) == 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridize_kernels import short_convolution, short_convolution_step, use_implementation
+from hybridize_kernels import short_convolution, short_convolution_step, short_convolutions, use_implementation
 from hybridize_kernels.dispatch import IMPLEMENTATIONS
 from hybridize_kernels.short_convolution.tiles import VARIABLE
 from tests.kernels.tolerances import GRADIENT, OUTPUT, assert_close, assert_form_agrees
@@ -154,6 +154,47 @@ def test_padding_is_stepped_over_and_not_read(form, kernel_device):
     assert not y[~real].any()
 
 
+def make_several(heads, time, size, taps, *, batch=2, dtype=torch.float64, device="cpu"):
+    """Texts, then filters; each text has its own heads."""
+    drawn = [
+        make_inputs(time, count, size, taps, batch=batch, tail=False, dtype=dtype, device=device) for count in heads
+    ]
+    return [x for x, _ in drawn] + [weight for _, weight in drawn]
+
+
+def convolve_several(*tensors, **options):
+    half = len(tensors) // 2
+    return short_convolutions(tensors[:half], tensors[half:], **options)
+
+
+@pytest.mark.parametrize("form", ["eager", "triton"])
+@pytest.mark.parametrize("case", ["none", "between", "packed"])
+@pytest.mark.parametrize(("heads", "size", "taps"), [((3, 1, 1), 60, 4), ((2, 1), 96, 2), ((2,), 6, 5)])
+def test_several_texts_equal_the_loop(form, case, heads, size, taps, kernel_device, monkeypatch):
+    monkeypatch.setenv(VARIABLE, SMALL_TILES)
+    batch = 1 if case == "packed" else 2
+    inputs = make_several(heads, 21, size, taps, batch=batch, dtype=torch.float32, device=kernel_device)
+    options = {"activation": "silu" if taps == 5 else None}
+    if case == "packed":
+        options["cu_seqlens"] = packed(8, 1, 0, 12, device=kernel_device)
+    else:
+        options["real"] = make_real(case, 21, device=kernel_device)
+    assert_form_agrees(partial(convolve_several, **options), inputs, form=form)
+
+
+def test_of_several_texts_what_is_frozen_gets_no_gradient(kernel_device):
+    tensors = make_several((2, 1, 1), 5, 3, 2, dtype=torch.float32, device=kernel_device)
+    with use_implementation("triton"):
+        leaves = [x.requires_grad_() for x in tensors]
+        everything = torch.autograd.grad(sum(y.square().sum() for y in convolve_several(*leaves)), leaves)
+        for number, leaf in enumerate(leaves):
+            others = [x if x is leaf else x.detach() for x in leaves]
+            total = sum(y.square().sum() for y in convolve_several(*others))
+            assert torch.equal(torch.autograd.grad(total, leaf)[0], everything[number])
+        unused = torch.autograd.grad(convolve_several(*leaves)[1].sum(), leaves[0])[0]  # of another text alone
+        assert not unused.any()
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.integers(0, 9),
@@ -262,6 +303,19 @@ def test_misshapen_steps_are_named():
             short_convolution_step(*arguments)
 
 
+def test_misshapen_texts_of_several_are_named():
+    x, taps = make_inputs(4, tail=False)
+    for arguments, message in [
+        (((x, x), (taps,)), "2 texts and 1 filters"),
+        (((x, x[:, 1:]), (taps, taps)), "x has shape"),
+        (((x, x), (taps, taps[:, 1:])), "taps has shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            short_convolutions(*arguments)
+    with pytest.raises(ValueError, match="needs one row"):
+        short_convolutions((x, x), (taps, taps), cu_seqlens=packed(1, 3))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -281,6 +335,29 @@ def test_kernels_on_the_gpu(dtype, pattern, heads, size, taps):
     for n, (actual, expected) in enumerate(zip(first, exact, strict=True)):
         assert_close(f"tensor {n}", actual, expected, (OUTPUT if n < 2 else GRADIENT)[dtype])
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "size", "taps"), [((9, 3, 3), 64, 4), ((32, 8, 8), 128, 4), ((2, 1, 1), 60, 16)])
+def test_several_texts_on_the_gpu(dtype, heads, size, taps):
+    """Real sizes, rows and packed documents; what they are one by one."""
+    for batch, bounds in ((2, None), (1, packed(700, 1, 299, device="cuda"))):
+        given = make_several(heads, 1000, size, taps, batch=batch, dtype=dtype, device="cuda")
+        leaves = [x.requires_grad_() for x in given]
+        half = len(leaves) // 2
+        with use_implementation("triton"):
+            together = convolve_several(*leaves, cu_seqlens=bounds)
+            alone = [
+                short_convolution(x, weight, cu_seqlens=bounds)[0]
+                for x, weight in zip(leaves[:half], leaves[half:], strict=True)
+            ]
+        directions = [torch.randn_like(y) for y in alone]
+        for n, (actual, expected) in enumerate(zip(together, alone, strict=True)):
+            assert_close(f"output {n}", actual, expected, OUTPUT[dtype])
+        first, second = (torch.autograd.grad(ys, leaves, directions) for ys in (together, alone))
+        for n, (actual, expected) in enumerate(zip(first, second, strict=True)):
+            assert_close(f"gradient {n}", actual, expected, GRADIENT[dtype])
 
 
 @pytest.mark.gpu

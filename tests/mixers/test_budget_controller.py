@@ -16,7 +16,9 @@ BUDGET, SEQUENCE = 512, 4096  # the paper's; its band is 486.4 .. 512 tokens
 
 def controller(heads: int = 1, **changes: Any) -> BudgetController:
     """With l1_every_steps = 1 the mean K is the last step's number."""
-    made = BudgetController(TokenEvictionConfig(**{"l1_every_steps": 1, **changes}), heads)
+    papers = {"l1_target_low": 0.95, "l1_target_high": 1.0, "l1_init": 1e-9, "l1_max": 1.0}
+    options = {"l1_every_steps": 1, **papers, **changes}
+    made = BudgetController(TokenEvictionConfig(**options), heads)
     made.initialise()
     return made
 
@@ -28,13 +30,23 @@ def step(made: BudgetController, *kept: float) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("kept", "factor"), [(4096, 1.5), (513, 1.5), (512, 1.5), (511, 1.0), (487, 1.0), (486, 0.5), (0, 0.5)]
+    ("kept", "factor"),
+    [
+        (4096, 1.5),
+        (1024, 1.5),
+        (512 * 2**0.5, 1.5**0.5),
+        (512, 1.0),
+        (487, 1.0),
+        (486.4 / 2**0.5, 0.5**0.5),
+        (486.4 / 2, 0.5),
+        (0, 0.5),
+    ],
 )
-def test_edges_of_the_band(kept: float, factor: float) -> None:
+def test_lambda_moves_as_far_as_too_much_or_too_little_is_kept(kept: float, factor: float) -> None:
     made = controller()
     step(made, kept)
     made.l1_weight.fill_(1e-3)
-    assert step(made, kept) == pytest.approx([1e-3 * factor])
+    assert step(made, kept) == pytest.approx([1e-3 * factor], rel=1e-5)
 
 
 @pytest.mark.parametrize(("kept", "first"), [(4096, 1e-6), (487, 1e-6), (486, 0.0)])
@@ -61,11 +73,10 @@ def test_heads_move_alone_or_as_a_layer() -> None:
     assert weights == pytest.approx([1.5e-9], abs=1e-12)
 
 
-def test_changes_only_when_due() -> None:
+def test_a_change_spreads_over_its_steps() -> None:
     made = controller(l1_every_steps=4, l1_initial_steps=6)
-    seen = [step(made, 4096)[0] for _ in range(13)]
-    expected = [0.0] * 7 + [1e-9] * 4 + [1.5e-9] * 2  # changes at steps 8, 12
-    assert seen == pytest.approx(expected, abs=1e-12)
+    seen = [step(made, 4096)[0] for _ in range(16)]
+    assert seen == pytest.approx([0.0] * 7 + [1e-9 * 1.5 ** (n / 4) for n in range(9)], abs=1e-14)  # from step 8 on
 
 
 def test_kept_tokens_are_a_mean_over_steps_and_micro_batches() -> None:
@@ -111,6 +122,8 @@ def test_a_change_of_type_leaves_the_small_numbers_alone() -> None:
 def test_metrics() -> None:
     made = controller(heads=2)
     step(made, 400, 600)
-    assert made.metrics() == pytest.approx(
+    found = made.metrics()
+    assert all(value.shape == () for value in found.values())
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
         {"kept_tokens_mean": 500, "kept_tokens_min": 400, "kept_tokens_max": 600, "l1_weight": 0.5e-9}
     )

@@ -103,7 +103,7 @@ def test_the_align_stage_learns_from_each_document_alone() -> None:
     for a, b in pairwise(bounds.tolist()):
         part = x[:, a:b]
         alone = mixer.align_targets(part, layer.rope(part, torch.arange(b - a)[None]))
-        assert torch.equal(targets.complete[:, a:b], alone.complete)
+        assert torch.equal(targets.future[:, a:b].isfinite(), alone.future.isfinite())
         assert torch.equal(targets.positions[:, a:b], alone.positions)
         torch.testing.assert_close(targets.future[:, a:b], alone.future, rtol=1e-5, atol=1e-5)
     mixer.align_loss(targets).backward()

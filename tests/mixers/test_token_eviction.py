@@ -237,15 +237,16 @@ def test_gradient_of_a_score_is_that_of_a_gate_on_its_value(monkeypatch: pytest.
         return attention(q, k, v, score, **kwargs)
 
     monkeypatch.setattr(module, "retained_attention", watched)
-    decided: list[Tensor] = []
-    make = layer.mixer._score
-    monkeypatch.setattr(layer.mixer, "_score", lambda logit: decided.append(make(logit)) or decided[-1])
+    made: list[Tensor] = []
+    score = layer.mixer._logits
+    monkeypatch.setattr(layer.mixer, "_logits", lambda *given: made.append(score(*given)) or made[-1])
     x = layer.hidden_states(2, 40)
     loss = (layer(x) * torch.randn(2, 40, layer.geometry.hidden_size)).sum()
-    of_value, of_score = torch.autograd.grad(loss, [seen["v"], decided[0]])
-    expected = (of_value * seen["v"]).sum(-1)
+    of_value, of_logit = torch.autograd.grad(loss, [seen["v"], made[0]])
+    opened = torch.sigmoid(made[0])
+    expected = (of_value * seen["v"]).sum(-1) * opened * (1 - opened)
     expected[:, -MARGIN:] = 0  # their decisions concern no query of this text
-    torch.testing.assert_close(of_score, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(of_logit, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -290,13 +291,14 @@ def test_budget_loss_and_what_the_controller_saw() -> None:
     layer(x, None, positions)
     scores = [mixer._score(logits(layer, row[None]))[0, :-MARGIN] for row in (x[0], x[1, 9:])]
     all_scores = torch.cat(scores)  # the padded row counts by its real tokens
-    expected = (all_scores.clamp(min=0) * torch.tensor([0.1, 0.3])).mean()
+    above = (all_scores + mixer.config.l1_margin).clamp(min=0)
+    expected = (above * torch.tensor([0.1, 0.3])).mean()
     torch.testing.assert_close(mixer.auxiliary["eviction_budget"], expected, atol=1e-7, rtol=1e-5)
     mixer.after_step()
     kept = (all_scores > 0).float().mean(0) * (40 - MARGIN)
     rate = 2 / 17
     torch.testing.assert_close(mixer.new.controller.num_kept, (1 - rate) * (40 - MARGIN) + rate * kept)
-    assert mixer.metrics()["kept_tokens_mean"] == pytest.approx(float(mixer.new.controller.num_kept.mean()))
+    assert float(mixer.metrics()["kept_tokens_mean"]) == pytest.approx(float(mixer.new.controller.num_kept.mean()))
     mixer.eval()
     layer(x)
     assert mixer.auxiliary == {}

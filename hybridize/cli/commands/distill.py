@@ -36,10 +36,11 @@ def command(
 ) -> None:
     """Train the hybrid on its teacher, stage by stage.
 
-    Converts first if that has not been done. Ctrl-C and SIGTERM save the state; the same command goes on.
+    Converts first if that has not been done. Ctrl-C and SIGTERM save the state; the same command goes on. torchrun and
+    accelerate launch start it on several devices; a run may go on with another number of them.
     """
     from hybridize.cli.plan_view import plan_parts
-    from hybridize.cli.steps import convert_step, distill_step, new_run_or_none, open_run
+    from hybridize.cli.steps import convert_step, distill_step, first_goes_on, first_only, new_run_or_none, open_run
     from hybridize.errors import RecipeError, UsageError
     from hybridize.plan import plan
     from hybridize.recipe.lock import read_lock
@@ -59,9 +60,15 @@ def command(
     if resume and read_lock(out) is None:
         raise UsageError("there is no run to go on with.", where=str(out), hint="Leave --resume out to start one.")
     reporter = settings.output.reporter()
-    with new_run_or_none(out):
-        open_run(out, recipe, made, overwrite=overwrite)
-        convert_step(made, out, offline=settings.offline, reporter=reporter)
+
+    def begin() -> None:
+        with new_run_or_none(out):
+            open_run(out, recipe, made, overwrite=overwrite)
+            convert_step(made, out, offline=settings.offline, reporter=reporter)
+
+    first_only(begin)
     adapter = distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
+    if not first_goes_on():
+        return
     values = {"dry_run": False, "run": str(out), "adapter": str(adapter)}
     settings.output.result("distill", values, [f"{adapter}: trained; next: hybridize export {out} --out DIR"])

@@ -37,6 +37,7 @@ def command(
     from hybridize.cli import steps
     from hybridize.cli.plan_view import plan_parts
     from hybridize.plan import plan
+    from hybridize.recipe.lock import read_lock
 
     output = settings.output
     recipe = read_recipe(recipe_name, changes, model, seed)
@@ -47,11 +48,19 @@ def command(
         output.result("run", {"dry_run": True, "plan": made.to_json()}, plan_parts(made))
         return
     reporter = output.reporter()
-    with steps.new_run_or_none(out):
-        lock = steps.open_run(out, recipe, made, overwrite=overwrite)
-        steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
+
+    def begin() -> None:
+        with steps.new_run_or_none(out):
+            steps.open_run(out, recipe, made, overwrite=overwrite)
+            steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
+
+    steps.first_only(begin)
     if recipe.distill is not None and recipe.data is not None:
         steps.distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
+    if not steps.first_goes_on():
+        return
+    lock = read_lock(out)
+    assert lock is not None  # the run was opened above
     final = steps.export_step(recipe, out, reporter=reporter)
     results = steps.evaluate_step(
         recipe, out, lock, model=final, teacher=made.teacher, offline=settings.offline, reporter=reporter

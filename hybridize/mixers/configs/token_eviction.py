@@ -35,12 +35,15 @@ class TokenEvictionConfig(MixerConfig):
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
         l1_sharing: one L1 weight (lambda) per key head, or per layer.
-        l1_target_low, l1_target_high: lambda grows while high x budget tokens of a training sequence or more are kept,
-            shrinks while at most low x budget are, and holds between.
-        l1_increase, l1_decrease: factor and divisor of a change of lambda.
+        l1_margin: the L1 loss is on max(r + margin, 0): tokens that are pushed out come to rest that far below the
+            threshold. With "sigmoid" only; 0 is the paper's.
+        l1_target_low, l1_target_high: lambda grows while more than high x budget tokens of a training sequence are
+            kept, shrinks while fewer than low x budget are, and holds between. The paper's are 0.95 and 1.
+        l1_increase, l1_decrease: factor and divisor of lambda over l1_every_steps, while twice the upper bound or more,
+            or half the lower or less, is kept; nearer to them it moves less.
         l1_init, l1_min, l1_max: its first value and its range; below l1_min it is zero.
-        l1_every_steps: optimiser steps between two changes.
-        l1_initial_steps: optimiser steps before the first change.
+        l1_every_steps: optimiser steps over which such a change spreads.
+        l1_initial_steps: optimiser steps after which lambda begins, at the next multiple of l1_every_steps.
     """
 
     name = "token_eviction"
@@ -61,13 +64,14 @@ class TokenEvictionConfig(MixerConfig):
     warmup_steps: int = 0
     freeze_steps: int = 0
     l1_sharing: Literal["head", "layer"] = "head"
-    l1_target_low: float = 0.95
-    l1_target_high: float = 1.0
+    l1_margin: float = 0.1
+    l1_target_low: float = 0.98
+    l1_target_high: float = 1.02
     l1_increase: float = 1.5
     l1_decrease: float = 2.0
-    l1_init: float = 1e-9
+    l1_init: float = 1e-4
     l1_min: float = 1e-9
-    l1_max: float = 1.0
+    l1_max: float = 100.0
     l1_every_steps: int = 32
     l1_initial_steps: int = 0
 
@@ -100,6 +104,7 @@ class TokenEvictionConfig(MixerConfig):
         self._require_choice("score", ("sigmoid", "relu"))
         self._require_choice("score_gradient", ("straight_through",))
         self._require_choice("l1_sharing", ("head", "layer"))
+        self.require(0 <= self.l1_margin < 0.5, "l1_margin", f"must be in 0..0.5, is {self.l1_margin}.")
         self.require(
             0 < self.l1_target_low <= self.l1_target_high < math.inf,
             "l1_target_low",

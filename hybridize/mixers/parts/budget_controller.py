@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
+
+_LEAST_SHARE = 1e-6
+"""Of the budget; keeps the logarithm of nothing finite."""
 
 
 class _Observation(NamedTuple):
@@ -21,9 +25,16 @@ class _Observation(NamedTuple):
 class BudgetController(nn.Module):
     """Watches how many tokens of a training sequence are kept and moves lambda, the weight of the L1 loss.
 
-    K, the kept tokens, is an exponential mean over optimiser steps. Every `l1_every_steps` steps, with budget C:
-    K >= high C: lambda grows; K <= low C: it shrinks; between: it holds. All of it is tensor arithmetic without a
-    branch on the device's numbers. The buffers are the whole state between two steps and are saved with the mixer.
+    K, the kept tokens, is an exponential mean over optimiser steps. In each of them, with budget C and n =
+    `l1_every_steps`, lambda moves by a factor that depends on how far K is outside of [low C, high C]:
+
+        K > high C:  lambda *= increase^(min(log2(K / high C), 1) / n)
+        K < low C:   lambda /= decrease^(min(log2(low C / K), 1) / n)
+
+    The paper moves lambda every n steps by the whole factor, however small the error: near the budget, where K answers
+    to a few per cent of lambda with twice as much or nothing, it swings between the two for ever. All of this is tensor
+    arithmetic without a branch on the device's numbers. The buffers are the whole state between two steps and are saved
+    with the mixer.
 
     Args:
         config: the constants, by their recipe keys.
@@ -76,15 +87,24 @@ class BudgetController(nn.Module):
         """
         config = self.config
         long = lengths > config.window_tokens + config.budget_tokens
-        counts = torch.where(long.any(), long, True).float()  # [N]
+        counts = torch.where(long.any(), long, lengths > 0).float()  # [N]; empty ones only fill up the bounds
         number = counts.sum()
         scored = ((lengths - config.margin_tokens).clamp(min=0) * counts).sum() / number
         kept_tokens = (kept * counts[:, None]).sum(0) / number
         self._observed.append(_Observation(kept_tokens / scored.clamp(min=1.0), scored))
 
+    def take_observations(self) -> list[_Observation]:
+        """What was noted since the last step; nothing is noted then."""
+        observed, self._observed = self._observed, []
+        return observed
+
+    def give_observations(self, observations: Iterable[_Observation]) -> None:
+        """Notes them again."""
+        self._observed += observations
+
     @torch.no_grad()
     def after_step(self, budget_tokens: int) -> None:
-        """Ends an optimiser step: updates K, and lambda when it is due. Nothing happens if nothing was observed."""
+        """Ends an optimiser step: updates K, and lambda once it has begun. Nothing happens if nothing was observed."""
         if not self._observed:
             return
         kept, sequence_tokens = _mean_of(self._observed)
@@ -98,28 +118,29 @@ class BudgetController(nn.Module):
 
         first_change = (config.l1_initial_steps // config.l1_every_steps + 1) * config.l1_every_steps
         changed = self._changed(self.steps == first_change, budget_tokens)
-        due = (self.steps % config.l1_every_steps == 0) & (self.steps >= first_change)
-        self.l1_weight.copy_(torch.where(due, changed, self.l1_weight))
+        self.l1_weight.copy_(torch.where(self.steps >= first_change, changed, self.l1_weight))
 
     def _changed(self, first: Tensor, budget_tokens: int) -> Tensor:
         config = self.config
         kept = self.num_kept if config.l1_sharing == "head" else self.num_kept.mean(0, keepdim=True)
-        large = kept > config.l1_target_low * budget_tokens
-        small = kept < config.l1_target_high * budget_tokens
-        moved = torch.where(large & ~small, self.l1_weight * config.l1_increase, self.l1_weight)
-        moved = torch.where(small & ~large, self.l1_weight / config.l1_decrease, moved)
+        shares = (kept / budget_tokens).clamp(min=_LEAST_SHARE)
+        # In octaves, at most one of the two above zero.
+        excess = (shares / config.l1_target_high).log2().clamp(0, 1)
+        lack = (config.l1_target_low / shares).log2().clamp(0, 1)
+        exponent = math.log(config.l1_increase) * excess - math.log(config.l1_decrease) * lack
+        large = shares > config.l1_target_low
+        moved = self.l1_weight * (exponent / config.l1_every_steps).exp()
         moved = torch.where(first, torch.where(large, config.l1_init, 0.0), moved).clamp(max=config.l1_max)
         moved = torch.where(moved < config.l1_min, 0.0, moved)
         return torch.where((moved == 0) & large, config.l1_min, moved)
 
-    def metrics(self) -> dict[str, float]:
-        """K over the key heads, and the mean lambda."""
-        kept = self.num_kept.tolist()
+    def metrics(self) -> dict[str, Tensor]:
+        """K over the key heads, and the mean lambda, each a scalar on the device."""
         return {
-            "kept_tokens_mean": sum(kept) / len(kept),
-            "kept_tokens_min": min(kept),
-            "kept_tokens_max": max(kept),
-            "l1_weight": float(self.l1_weight.mean()),
+            "kept_tokens_mean": self.num_kept.mean(),
+            "kept_tokens_min": self.num_kept.amin(),
+            "kept_tokens_max": self.num_kept.amax(),
+            "l1_weight": self.l1_weight.mean(),
         }
 
 

@@ -9,13 +9,17 @@ from typing import Any
 import triton
 
 VARIABLE = "HYBRIDIZE_DISTILLATION_LOSS"
-"""Overrides the table: `full=2048,8,3,1;top_k=4096,8,3,1;frozen=192;trained=384`.
+"""Overrides the table: `full=2048,4,4,1;top_k=4096,8,3,1;frozen=192;trained=384;most=640`.
 
 Tiles in the order of `Tile`'s fields.
 """
 
 ROW = 16
 """Rows of logits begin at multiples of this many numbers, so that they are read 16 bytes at a time."""
+
+ENOUGH_TOKENS = 1024
+"""Below so many tokens a chunk's products with a large head run slower: it is given more memory for them, up to a limit.
+"""
 
 ROUND_TOKENS = 128
 """Chunks are multiples of a matrix product's tile where they hold as much."""
@@ -45,13 +49,14 @@ class Table:
     """full, top_k: the tiles of the two kernels. frozen, trained: MiB of a chunk's logits, by the student's head.
 
     A trained head's gradient is added to in fp32 once a chunk, which takes more time than its product where chunks are
-    small: they are larger then.
+    small: they are larger then. most: MiB that a chunk of `ENOUGH_TOKENS` may take for a large vocabulary.
     """
 
-    full: Tile = Tile(2048, 8, 3)
+    full: Tile = Tile(2048, 4, 4)
     top_k: Tile = Tile(4096, 8, 3)
     frozen: int = 192
     trained: int = 384
+    most: int = 640
 
 
 def table() -> Table:
@@ -72,7 +77,9 @@ def row_numbers(vocabulary: int) -> int:
 
 def chunk_size(tokens: int, token_bytes: int, *, trained: bool) -> int:
     """Tokens of a chunk, where one takes `token_bytes` of logits: about the same for all chunks."""
-    most = max(1, ((table().trained if trained else table().frozen) << 20) // max(1, token_bytes))
+    sizes, token_bytes = table(), max(1, token_bytes)
+    usual = ((sizes.trained if trained else sizes.frozen) << 20) // token_bytes
+    most = max(1, usual, min(ENOUGH_TOKENS, (sizes.most << 20) // token_bytes))
     if most >= ROUND_TOKENS:
         most -= most % ROUND_TOKENS
     chunks = max(1, triton.cdiv(tokens, most))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,14 +32,12 @@ class Tile:
     programs: int
 
 
-FORWARD = Tile(2048, 4, 4224)
-BACKWARD = Tile(2048, 4, 2112)
+TABLE = {"forward": Tile(2048, 4, 4224), "backward": Tile(2048, 4, 2112)}
 MAX_STEPS = 64
 
 
-@dataclass(frozen=True)
-class Work:
-    """Tokens of a tile, tiles of a program, programs along the tokens of a head."""
+class Work(NamedTuple):
+    """Tokens of a tile, padded head size, tiles of a program, programs along the tokens of a head, warps of each."""
 
     tokens: int
     block: int
@@ -46,42 +45,42 @@ class Work:
     chunks: int
     warps: int
 
-    @classmethod
-    def of(cls, tile: Tile, name: str, x: Tensor) -> Work:
-        """For x `[N, H, D]`."""
-        rows, heads, head_size = x.shape
-        if override := os.environ.get(VARIABLE):
-            given = dict(part.split("=") for part in override.split(";"))
-            tile = Tile(*map(int, given[name].split(","))) if name in given else tile
-        block = int(triton.next_power_of_2(head_size))
-        tokens = max(1, min(tile.numbers // block, int(triton.next_power_of_2(rows))))
-        tiles = triton.cdiv(rows, tokens)
-        steps = max(1, min(MAX_STEPS, tiles * heads // tile.programs))
-        return cls(tokens, block, steps, triton.cdiv(tiles, steps), tile.warps)
+
+@lru_cache(maxsize=1024)
+def work_of(name: str, tokens: int, heads: int, head_size: int, override: str | None) -> Work:
+    """How the heads of so many tokens are shared out in the pass of this name."""
+    tile = TABLE[name]
+    given = dict(part.split("=") for part in override.split(";")) if override else {}
+    if name in given:
+        tile = Tile(*map(int, given[name].split(",")))
+    block = int(triton.next_power_of_2(head_size))
+    tile_tokens = max(1, min(tile.numbers // block, int(triton.next_power_of_2(tokens))))
+    tiles = triton.cdiv(tokens, tile_tokens)
+    steps = max(1, min(MAX_STEPS, tiles * heads // tile.programs))
+    return Work(tile_tokens, block, steps, triton.cdiv(tiles, steps), tile.warps)
 
 
 def gated_rms_norm(x: Tensor, scale: Tensor, gate: Tensor | None = None, *, epsilon: float | None = 1e-6) -> Tensor:
     """See `hybridize_kernels.gated_rms_norm`."""
-    rows = x.flatten(0, 1).contiguous()
-    gate = None if gate is None else gate.flatten(0, 1).contiguous()
-    y: Tensor = _GatedRMSNorm.apply(rows, scale, gate, epsilon)
-    return y.view(x.shape)
+    y: Tensor = _GatedRMSNorm.apply(x, scale, gate, epsilon)
+    return y
 
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, gate: Tensor | None, epsilon: float | None) -> Tensor:
-        scale = scale.contiguous()
+        x, scale = x.contiguous(), scale.contiguous()
+        gate = None if gate is None else gate.contiguous()
         ctx.save_for_backward(x, scale, gate)
         ctx.epsilon = epsilon
-        rows, heads, head_size = x.shape
-        work = Work.of(FORWARD, "forward", x)
+        batch, time, heads, head_size = x.shape
+        work = work_of("forward", batch * time, heads, head_size, os.environ.get(VARIABLE))
         y = torch.empty_like(x)
         launch(
             _forward_kernel,
             (work.chunks * heads,),
             (x, scale, x if gate is None else gate, y),
-            (rows, work.steps, 0.0 if epsilon is None else float(epsilon)),
+            (batch * time, work.steps, 0.0 if epsilon is None else float(epsilon)),
             H=heads,
             D=head_size,
             BLOCK_T=work.tokens,
@@ -96,8 +95,8 @@ class _GatedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, gate = ctx.saved_tensors
-        rows, heads, head_size = x.shape
-        work = Work.of(BACKWARD, "backward", x)
+        batch, time, heads, head_size = x.shape
+        work = work_of("backward", batch * time, heads, head_size, os.environ.get(VARIABLE))
         dx = torch.empty_like(x)
         d_gate = None if gate is None else torch.empty_like(gate)
         sums = torch.empty(work.chunks, heads, head_size, dtype=torch.float32, device=x.device)
@@ -105,7 +104,7 @@ class _GatedRMSNorm(torch.autograd.Function):
             _backward_kernel,
             (work.chunks * heads,),
             (dy.contiguous(), x, scale, x if gate is None else gate, dx, dx if d_gate is None else d_gate, sums),
-            (rows, work.steps, 0.0 if ctx.epsilon is None else float(ctx.epsilon)),
+            (batch * time, work.steps, 0.0 if ctx.epsilon is None else float(ctx.epsilon)),
             H=heads,
             D=head_size,
             BLOCK_T=work.tokens,
@@ -119,11 +118,11 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 @triton.jit(do_not_specialize=["rows", "steps", "epsilon"])  # type: ignore[untyped-decorator]
 def _forward_kernel(
-    x_ptr,  # [N, H, D]
+    x_ptr,  # [rows, H, D]
     scale_ptr,  # [H, D]
-    gate_ptr,  # [N, H, D]
+    gate_ptr,  # [rows, H, D]
     y_ptr,
-    rows,
+    rows,  # B · T
     steps,
     epsilon,
     H: tl.constexpr,
@@ -153,14 +152,14 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "steps", "epsilon"])  # type: ignore[untyped-decorator]
 def _backward_kernel(
-    dy_ptr,  # [N, H, D]
+    dy_ptr,  # [rows, H, D]
     x_ptr,
     scale_ptr,  # [H, D]
-    gate_ptr,  # [N, H, D]
+    gate_ptr,  # [rows, H, D]
     dx_ptr,
     d_gate_ptr,
     sums_ptr,  # [chunks, H, D]
-    rows,
+    rows,  # B · T
     steps,
     epsilon,
     H: tl.constexpr,

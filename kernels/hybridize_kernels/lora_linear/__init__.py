@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..dispatch import check_shape, choose
+from ..dispatch import check_shape, choose, untraced
 from .eager import LoraProjection
 from .eager import lora_linear as _eager
 from .reference import lora_linear as _reference
@@ -51,5 +51,11 @@ def lora_linear(
             check_shape(op, f"up {number}", projection.up, (out, rank))
         if residual is not None:
             check_shape(op, "residual", residual, (*x.shape[:-1], out))
-    run = _reference if choose(op, x) == "reference" else _eager
+    weights = [part for projection in projections for part in (projection.weight, projection.down)]
+    form = choose(op, x, *weights, has_kernel=True, kernel_fits=x.numel() > 0, kernel_has_gradient=True)
+    if form == "triton":
+        from .kernel import lora_linear as kernel  # imports Triton, which need not be there
+
+        return untraced(kernel)(x, projections, residual=residual)
+    run = _reference if form == "reference" else _eager
     return run(x, projections, residual=residual)

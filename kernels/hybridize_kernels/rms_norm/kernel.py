@@ -107,26 +107,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, epsilon: float, return_sum: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        rows, weight = _rows(x), weight.contiguous()
-        others = rows if residual is None else _rows(residual)
-        dtype = torch.promote_types(rows.dtype, others.dtype)
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        s = rows if residual is None else torch.empty_like(y)
-        inverse = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-        work = _work("forward", rows)
-        launch(
-            _forward_kernel,
-            (work.programs,),
-            (rows, others, weight, s, y, inverse),
-            (rows.shape[0], work.steps, epsilon),
-            D=rows.shape[1],
-            X_STRIDE=_stride(rows),
-            RESIDUAL_STRIDE=_stride(others),
-            BLOCK_N=work.rows,
-            BLOCK_D=work.block,
-            RESIDUAL=residual is not None,
-            num_warps=work.warps,
-        )
+        weight = weight.contiguous()
+        y, s, inverse = normalise(x, weight, epsilon, residual)
         ctx.save_for_backward(s, weight, inverse)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, None if residual is None else residual.dtype)
         if residual is not None:
@@ -139,7 +121,7 @@ class _RMSNorm(torch.autograd.Function):
         d_sum, d_weight = ds, None
         if dy is not None:
             s, weight, inverse = ctx.saved_tensors
-            d_sum, d_weight = _gradients(dy, ds, s, weight, inverse, trained=ctx.needs_input_grad[1])
+            d_sum, d_weight = gradients(dy, ds, s, weight, inverse, trained=ctx.needs_input_grad[1])
             d_sum = d_sum.view(ctx.shape)
         dtype, residual_dtype = ctx.dtypes
         dx = None if d_sum is None else d_sum.to(dtype)
@@ -147,7 +129,34 @@ class _RMSNorm(torch.autograd.Function):
         return dx, d_weight, d_residual, None, None
 
 
-def _gradients(
+def normalise(
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, what it is the norm of (x as rows without a residual), and 1 / its root mean square `[N]` fp32."""
+    rows = _rows(x)
+    others = rows if residual is None else _rows(residual)
+    dtype = torch.promote_types(rows.dtype, others.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    s = rows if residual is None else torch.empty_like(y)
+    inverse = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    work = _work("forward", rows)
+    launch(
+        _forward_kernel,
+        (work.programs,),
+        (rows, others, weight, s, y, inverse),
+        (rows.shape[0], work.steps, epsilon),
+        D=rows.shape[1],
+        X_STRIDE=_stride(rows),
+        RESIDUAL_STRIDE=_stride(others),
+        BLOCK_N=work.rows,
+        BLOCK_D=work.block,
+        RESIDUAL=residual is not None,
+        num_warps=work.warps,
+    )
+    return y, s, inverse
+
+
+def gradients(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, *, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Of what was normalised, `[N, D]` in its dtype, and of the weight where it is trained."""

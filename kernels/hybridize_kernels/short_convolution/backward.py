@@ -1,4 +1,4 @@
-"""The gradients of a short convolution: of the text a convolution the other way, of the taps sums over time.
+"""The gradients of short convolutions: of a text a convolution the other way, of the taps sums over time.
 
 Each program leaves its sums for itself, and they are added up in a fixed order: no atomics, the same bits every time.
 """
@@ -13,67 +13,80 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .tiles import BACKWARD, BACKWARD_SILU, Work, earlier, load_places, load_taps, load_text
+from .tiles import Places, earlier, load_places, load_taps, load_text, of_channels, of_three, work_of
 
 
 def gradients(
-    dy: Tensor,
+    dys: Sequence[Tensor | None],
     d_after: Tensor | None,
-    x: Tensor,
-    taps: Tensor,
+    xs: Sequence[Tensor],
+    taps: Sequence[Tensor],
     tail: Tensor | None,
-    order: Tensor | None,
-    count: Tensor | None,
-    place: Tensor | None,
+    places: Places,
     *,
     silu: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x `[B, T, C]`, taps `[C, n]` and tail `[B, n − 1, C]`, those that are wanted, each in its dtype.
+    text_wanted: Sequence[bool],
+    taps_wanted: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """Gradients of the texts `[B, T, H, D]`, their taps `[C, n]` and the tail `[B, n − 1, C]`, each in its dtype.
 
-    dy: `[B, T, C]`. d_after: `[B, n − 1, C]`, of the tail after the text, or None. order, count: as the kernels take
-    them, None without padding; place: `[T]` of a packed row, else None.
+    dys: as the texts, None where there is none. d_after: `[B, n − 1, C]`, of the tail after the text, or None.
     """
-    batch, time, channels = x.shape
-    num_taps = taps.shape[1]
+    x = xs[0]
+    channels = tuple(weight.shape[0] for weight in taps)
+    num_taps = taps[0].shape[1]
     # The tokens of a tail are visited too: they are factors of the taps' gradients.
     more_tokens = 0 if tail is None else num_taps - 1
-    work = Work.of(BACKWARD_SILU if silu else BACKWARD, "backward", x, num_taps, more_tokens)
-    dx = torch.empty_like(x) if wanted[0] else None
+    work = work_of("backward_silu" if silu else "backward", x, channels, num_taps, more_tokens)
+    dxs = [torch.empty_like(x) for x in xs] if any(text_wanted) else None
     d_tail = None if tail is None else torch.empty(tail.shape, dtype=tail.dtype, device=tail.device)
-    sums = x.new_empty(batch * work.chunks, channels, num_taps, dtype=torch.float32) if wanted[1] else None
+    sums = None
+    if any(taps_wanted):
+        shape = (x.shape[0] * work.chunks, sum(channels), num_taps)
+        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    given = [
+        torch.zeros_like(x) if dy is None else dy if dy.is_contiguous() else dy.contiguous()
+        for x, dy in zip(xs, dys, strict=True)
+    ]
+    d_after = None if d_after is None else d_after.contiguous()
     launch(
         _backward_kernel,
         work.grid,
         (
-            dy,
-            dy if d_after is None else d_after,
-            x,
-            taps,
-            x if tail is None else tail,
-            x if order is None else order,
-            x if count is None else count,
-            x if place is None else place,
-            x if dx is None else dx,
-            x if d_tail is None else d_tail,
-            x if sums is None else sums,
+            *of_three(given),
+            *of_three(xs),
+            *of_three(taps),
+            *of_three(xs if dxs is None else dxs),
+            *(x if table is None else table for table in (tail, *places, d_after, d_tail, sums)),
         ),
-        (time, work.chunks, work.steps, *((0, 0) if tail is None else tail.stride()[:2])),
-        C=channels,
+        (x.shape[1], work.chunks, work.steps, *((0, 0) if tail is None else tail.stride()[:2])),
+        **of_channels(channels),
         N=num_taps,
         BLOCK_T=work.tokens,
         BLOCK_C=work.channels,
         SILU=silu,
-        PADDED=order is not None,
-        PACKED=place is not None,
+        PADDED=places.order is not None,
+        PACKED=places.place is not None,
         TAIL=tail is not None,
         AFTER=d_after is not None,
-        TEXT_GRADIENT=dx is not None,
+        TEXT_GRADIENT=dxs is not None,
         TAPS_GRADIENT=sums is not None,
         num_warps=work.warps,
     )
-    d_taps = None if sums is None else sums.sum(0).to(taps.dtype)
-    return dx, d_taps, d_tail if wanted[2] else None
+    return (
+        [dxs[n] if dxs is not None and wanted else None for n, wanted in enumerate(text_wanted)],
+        _of_taps(sums, taps, taps_wanted),
+        d_tail,
+    )
+
+
+def _of_taps(sums: Tensor | None, taps: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The sum `[C, n]` over the programs, in parts and in the dtypes of the taps."""
+    if sums is None:
+        return [None] * len(taps)
+    total = sums.sum(0)
+    parts = total.split([weight.shape[0] for weight in taps]) if len(taps) > 1 else [total]
+    return [part.to(weight.dtype) if needed else None for part, weight, needed in zip(parts, taps, wanted, strict=True)]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -87,21 +100,23 @@ def _load_gradient(dy_ptr, order_ptr, rank, end, channels, in_c, C: tl.constexpr
     return tl.load(dy_ptr + at, mask=inside[:, None] & in_c[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["time", "chunks", "steps"])  # type: ignore[untyped-decorator]
-def _backward_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradients_of_text(
     dy_ptr,  # [B, T, C]
-    d_after_ptr,  # [B, N − 1, C]
     x_ptr,  # [B, T, C]
     taps_ptr,  # [C, N]
+    dx_ptr,  # [B, T, C]
     tail_ptr,  # [B, N − 1, C]
     order_ptr,  # [B, T]
     count_ptr,  # [B]
     place_ptr,  # [T]
-    dx_ptr,  # [B, T, C]
+    d_after_ptr,  # [B, N − 1, C]
     d_tail_ptr,  # [B, N − 1, C]
-    sums_ptr,  # [B · chunks, C, N]
+    sums_ptr,  # [C, N] of this program's row and chunk
+    row,  # int64
+    chunk,
+    block,  # of channels
     time,
-    chunks,
     steps,
     tail_stride_b,
     tail_stride_t,
@@ -117,12 +132,9 @@ def _backward_kernel(
     TEXT_GRADIENT: tl.constexpr,
     TAPS_GRADIENT: tl.constexpr,
 ):
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     FIRST: tl.constexpr = 1 - N if TAIL else 0
-    channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = channels < C
-    chunk = tl.program_id(0) // blocks % chunks
-    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
     dy_ptr += row * time * C
     x_ptr += row * time * C
     dx_ptr += row * time * C
@@ -182,6 +194,77 @@ def _backward_kernel(
             tl.store(d_tail_ptr + at, dx.to(d_tail_ptr.dtype.element_ty), mask=(rank < 0)[:, None] & in_c[None, :])
 
     if TAPS_GRADIENT:
-        place = (row * chunks + chunk) * C + channels
         for back in tl.static_range(N):
-            tl.store(sums_ptr + place * N + (N - 1 - back), sums[back], mask=in_c)
+            tl.store(sums_ptr + channels * N + (N - 1 - back), sums[back], mask=in_c)
+
+
+@triton.jit(do_not_specialize=["time", "chunks", "steps"])  # type: ignore[untyped-decorator]
+def _backward_kernel(
+    dy0_ptr,  # [B, T, C0]
+    dy1_ptr,
+    dy2_ptr,
+    x0_ptr,  # [B, T, C0]
+    x1_ptr,
+    x2_ptr,
+    taps0_ptr,  # [C0, N]
+    taps1_ptr,
+    taps2_ptr,
+    dx0_ptr,  # [B, T, C0]
+    dx1_ptr,
+    dx2_ptr,
+    tail_ptr,  # [B, N − 1, C0]
+    order_ptr,
+    count_ptr,
+    place_ptr,
+    d_after_ptr,  # [B, N − 1, C0]
+    d_tail_ptr,  # [B, N − 1, C0]
+    sums_ptr,  # [B · chunks, C0 + C1 + C2, N]
+    time,
+    chunks,
+    steps,
+    tail_stride_b,
+    tail_stride_t,
+    C0: tl.constexpr,
+    C1: tl.constexpr,  # 0 where there is no such text
+    C2: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr,
+    PADDED: tl.constexpr,
+    PACKED: tl.constexpr,
+    TAIL: tl.constexpr,
+    AFTER: tl.constexpr,
+    TEXT_GRADIENT: tl.constexpr,
+    TAPS_GRADIENT: tl.constexpr,
+):
+    blocks0: tl.constexpr = (C0 + BLOCK_C - 1) // BLOCK_C
+    blocks1: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    blocks: tl.constexpr = blocks0 + blocks1 + (C2 + BLOCK_C - 1) // BLOCK_C
+    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) // blocks % chunks
+    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    if TAPS_GRADIENT:
+        sums_ptr += (row * chunks + chunk) * ((C0 + C1 + C2) * N)
+    if block < blocks0:
+        _gradients_of_text(
+            dy0_ptr, x0_ptr, taps0_ptr, dx0_ptr, tail_ptr, order_ptr, count_ptr, place_ptr,
+            d_after_ptr, d_tail_ptr, sums_ptr, row, chunk, block, time, steps, tail_stride_b, tail_stride_t,
+            C0, N, BLOCK_T, BLOCK_C, SILU, PADDED, PACKED, TAIL, AFTER, TEXT_GRADIENT, TAPS_GRADIENT,
+        )  # fmt: skip
+    if C1 > 0:  # noqa: SIM102  # what is known when compiling stands apart: no code for texts that are not there
+        if (block >= blocks0) & (block < blocks0 + blocks1):
+            _gradients_of_text(
+                dy1_ptr, x1_ptr, taps1_ptr, dx1_ptr, tail_ptr, order_ptr, count_ptr, place_ptr,
+                d_after_ptr, d_tail_ptr, sums_ptr + C0 * N, row, chunk, block - blocks0, time, steps,
+                tail_stride_b, tail_stride_t,
+                C1, N, BLOCK_T, BLOCK_C, SILU, PADDED, PACKED, False, False, TEXT_GRADIENT, TAPS_GRADIENT,
+            )  # fmt: skip
+    if C2 > 0:  # noqa: SIM102
+        if block >= blocks0 + blocks1:
+            _gradients_of_text(
+                dy2_ptr, x2_ptr, taps2_ptr, dx2_ptr, tail_ptr, order_ptr, count_ptr, place_ptr,
+                d_after_ptr, d_tail_ptr, sums_ptr + (C0 + C1) * N, row, chunk, block - (blocks0 + blocks1), time, steps,
+                tail_stride_b, tail_stride_t,
+                C2, N, BLOCK_T, BLOCK_C, SILU, PADDED, PACKED, False, False, TEXT_GRADIENT, TAPS_GRADIENT,
+            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The short convolution in Triton: one kernel forward, one back, for texts of any length.
+"""The short convolution in Triton: one kernel forward, one back, for up to three texts of any length.
 
 Padding is stepped over by its rank: the kernels walk over the real tokens of a row in order, through a list of their
 columns, and over the padding after them. Without padding a rank is a column.
@@ -6,7 +6,8 @@ columns, and over the padding after them. Without padding a rank is a column.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,17 @@ from ..kept import tables_of_bounds
 from ..launch import launch
 from .backward import gradients
 from .eager import places_in_documents
-from .tiles import FORWARD, Work, earlier, load_places, load_taps, load_text, real_tokens_first
+from .tiles import (
+    Places,
+    earlier,
+    load_places,
+    load_taps,
+    load_text,
+    of_channels,
+    of_three,
+    real_tokens_first,
+    work_of,
+)
 
 
 def short_convolution(
@@ -32,86 +43,108 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `hybridize_kernels.short_convolution`."""
-    order, count = (None, None) if real is None else real_tokens_first(real)
-    place = None if cu_seqlens is None else tables_of_bounds(places_in_documents, cu_seqlens, x.device, x.shape[1])
-    y, after = _ShortConvolution.apply(
-        x.flatten(2).contiguous(), taps, tail, order, count, place, activation == "silu", output_tail
-    )
-    return y.view(x.shape), after
+    places = _places(x, real, cu_seqlens)
+    after, y = _ShortConvolutions.apply(tail, places, _Call(1, activation == "silu", output_tail), x, taps)
+    return y, after
 
 
-class _ShortConvolution(torch.autograd.Function):
+def short_convolutions(
+    xs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    *,
+    real: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See `hybridize_kernels.short_convolutions`; for at most three texts of one dtype."""
+    places = _places(xs[0], real, cu_seqlens)
+    _, *ys = _ShortConvolutions.apply(None, places, _Call(len(xs), activation == "silu", False), *xs, *taps)
+    return tuple(ys)
+
+
+def _places(x: Tensor, real: Tensor | None, cu_seqlens: Tensor | None) -> Places:
+    if real is not None:
+        return Places(*real_tokens_first(real), None)
+    if cu_seqlens is not None:
+        return Places(None, None, tables_of_bounds(places_in_documents, cu_seqlens, x.device, x.shape[1]))
+    return Places(None, None, None)
+
+
+class _Call(NamedTuple):
+    """What autograd does not see."""
+
+    texts: int
+    silu: bool
+    output_tail: bool
+
+
+class _ShortConvolutions(torch.autograd.Function):
+    """Of texts `[B, T, H, D]`, then as many taps; a tail belongs to a single text. Gives tail and outputs."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        taps: Tensor,
-        tail: Tensor | None,
-        order: Tensor | None,
-        count: Tensor | None,
-        place: Tensor | None,
-        silu: bool,
-        output_tail: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, tail: Tensor | None, places: Places, call: _Call, *texts_and_taps: Tensor
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        taps = taps.contiguous()
         tail = tail if tail is None or tail.stride(-1) == 1 else tail.contiguous()
-        ctx.save_for_backward(x, taps, tail, order, count, place)
-        ctx.silu = silu
-        batch, time, channels = x.shape
-        num_taps = taps.shape[1]
-        work = Work.of(FORWARD, "forward", x, num_taps)
-        y = torch.empty_like(x)
-        after = x.new_empty(batch, num_taps - 1, channels) if output_tail else None
+        tensors = [x if x.is_contiguous() else x.contiguous() for x in texts_and_taps]
+        xs, taps = tensors[: call.texts], tensors[call.texts :]
+        ctx.save_for_backward(tail, *tensors)
+        # Nobody changes the tables of a call.
+        ctx.places, ctx.call = places, call
+        x = xs[0]
+        channels = tuple(weight.shape[0] for weight in taps)
+        num_taps = taps[0].shape[1]
+        work = work_of("forward", x, channels, num_taps)
+        ys = [torch.empty_like(x) for x in xs]
+        after = x.new_empty(x.shape[0], num_taps - 1, channels[0]) if call.output_tail else None
         launch(
             _forward_kernel,
             work.grid,
             (
-                x,
-                taps,
-                x if tail is None else tail,
-                x if order is None else order,
-                x if count is None else count,
-                x if place is None else place,
-                y,
-                y if after is None else after,
+                *of_three(xs),
+                *of_three(taps),
+                *of_three(ys),
+                *(x if table is None else table for table in (tail, *places)),
+                x if after is None else after,
             ),
-            (time, work.chunks, work.steps, *((0, 0) if tail is None else tail.stride()[:2])),
-            C=channels,
+            (x.shape[1], work.chunks, work.steps, *((0, 0) if tail is None else tail.stride()[:2])),
+            **of_channels(channels),
             N=num_taps,
             BLOCK_T=work.tokens,
             BLOCK_C=work.channels,
             BLOCK_N=triton.next_power_of_2(num_taps),
-            SILU=silu,
-            PADDED=order is not None,
-            PACKED=place is not None,
+            SILU=call.silu,
+            PADDED=places.order is not None,
+            PACKED=places.place is not None,
             TAIL=tail is not None,
             AFTER=after is not None,
             num_warps=work.warps,
         )
-        return y, after
+        return after, *ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, d_after: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, taps, tail, order, count, place = ctx.saved_tensors
-        dx, d_taps, d_tail = gradients(
-            torch.zeros_like(x) if dy is None else dy.contiguous(),
-            None if d_after is None else d_after.contiguous(),
-            x,
-            taps,
+    def backward(ctx: Any, d_after: Tensor | None, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        tail, *tensors = ctx.saved_tensors
+        texts = ctx.call.texts
+        wanted = ctx.needs_input_grad
+        dxs, d_taps, d_tail = gradients(
+            dys,
+            d_after,
+            tensors[:texts],
+            tensors[texts:],
             tail,
-            order,
-            count,
-            place,
-            silu=ctx.silu,
-            wanted=ctx.needs_input_grad[:3],
+            ctx.places,
+            silu=ctx.call.silu,
+            text_wanted=wanted[3 : 3 + texts],
+            taps_wanted=wanted[3 + texts :],
         )
-        return dx, d_taps, d_tail, None, None, None, None, None
+        return d_tail if wanted[0] else None, None, None, *dxs, *d_taps
 
 
-@triton.jit(do_not_specialize=["time", "chunks", "steps"])  # type: ignore[untyped-decorator]
-def _forward_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolve_text(
     x_ptr,  # [B, T, C]
     taps_ptr,  # [C, N]
     tail_ptr,  # [B, N − 1, C]
@@ -120,8 +153,10 @@ def _forward_kernel(
     place_ptr,  # [T], places of a packed row's tokens in their documents
     y_ptr,  # [B, T, C]
     after_ptr,  # [B, N − 1, C]
+    row,  # int64: offsets pass 2**31 long before memory ends
+    chunk,
+    block,  # of channels
     time,
-    chunks,
     steps,
     tail_stride_b,
     tail_stride_t,
@@ -136,11 +171,8 @@ def _forward_kernel(
     TAIL: tl.constexpr,
     AFTER: tl.constexpr,
 ):
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = channels < C
-    chunk = tl.program_id(0) // blocks % chunks
-    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)  # offsets pass 2**31 long before memory ends
     x_ptr += row * time * C
     y_ptr += row * time * C
     order_ptr += row * time
@@ -177,3 +209,65 @@ def _forward_kernel(
         x = load_text(x_ptr, order_ptr, tail_ptr, rank, end, tail_stride_t, channels, in_c, C, N, PADDED, TAIL)
         at = (row * (N - 1) + slot)[:, None] * C + channels[None, :]
         tl.store(after_ptr + at, x.to(after_ptr.dtype.element_ty), mask=(slot < N - 1)[:, None] & in_c[None, :])
+
+
+@triton.jit(do_not_specialize=["time", "chunks", "steps"])  # type: ignore[untyped-decorator]
+def _forward_kernel(
+    x0_ptr,  # [B, T, C0]
+    x1_ptr,
+    x2_ptr,
+    taps0_ptr,  # [C0, N]
+    taps1_ptr,
+    taps2_ptr,
+    y0_ptr,  # [B, T, C0]
+    y1_ptr,
+    y2_ptr,
+    tail_ptr,  # [B, N − 1, C0]
+    order_ptr,
+    count_ptr,
+    place_ptr,
+    after_ptr,  # [B, N − 1, C0]
+    time,
+    chunks,
+    steps,
+    tail_stride_b,
+    tail_stride_t,
+    C0: tl.constexpr,
+    C1: tl.constexpr,  # 0 where there is no such text
+    C2: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SILU: tl.constexpr,
+    PADDED: tl.constexpr,
+    PACKED: tl.constexpr,
+    TAIL: tl.constexpr,
+    AFTER: tl.constexpr,
+):
+    blocks0: tl.constexpr = (C0 + BLOCK_C - 1) // BLOCK_C
+    blocks1: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    blocks: tl.constexpr = blocks0 + blocks1 + (C2 + BLOCK_C - 1) // BLOCK_C
+    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) // blocks % chunks
+    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    if block < blocks0:
+        _convolve_text(
+            x0_ptr, taps0_ptr, tail_ptr, order_ptr, count_ptr, place_ptr, y0_ptr, after_ptr,
+            row, chunk, block, time, steps, tail_stride_b, tail_stride_t,
+            C0, N, BLOCK_T, BLOCK_C, BLOCK_N, SILU, PADDED, PACKED, TAIL, AFTER,
+        )  # fmt: skip
+    if C1 > 0:  # noqa: SIM102  # what is known when compiling stands apart: no code for texts that are not there
+        if (block >= blocks0) & (block < blocks0 + blocks1):
+            _convolve_text(
+                x1_ptr, taps1_ptr, tail_ptr, order_ptr, count_ptr, place_ptr, y1_ptr, after_ptr,
+                row, chunk, block - blocks0, time, steps, tail_stride_b, tail_stride_t,
+                C1, N, BLOCK_T, BLOCK_C, BLOCK_N, SILU, PADDED, PACKED, False, False,
+            )  # fmt: skip
+    if C2 > 0:  # noqa: SIM102
+        if block >= blocks0 + blocks1:
+            _convolve_text(
+                x2_ptr, taps2_ptr, tail_ptr, order_ptr, count_ptr, place_ptr, y2_ptr, after_ptr,
+                row, chunk, block - (blocks0 + blocks1), time, steps, tail_stride_b, tail_stride_t,
+                C2, N, BLOCK_T, BLOCK_C, BLOCK_N, SILU, PADDED, PACKED, False, False,
+            )  # fmt: skip

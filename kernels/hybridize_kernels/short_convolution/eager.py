@@ -61,6 +61,21 @@ def short_convolution(
     return y.to(x.dtype).unflatten(2, (heads, head_size)), after
 
 
+def short_convolutions(
+    xs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    *,
+    real: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`short_convolution` of each text `[B, T, H_i, D]` with its taps `[H_i · D, n]`, without tails."""
+    return tuple(
+        short_convolution(x, weight, real=real, activation=activation, cu_seqlens=cu_seqlens)[0]
+        for x, weight in zip(xs, taps, strict=True)
+    )
+
+
 def places_in_documents(cu_seqlens: Tensor, device: torch.device, num_tokens: int) -> Tensor:
     """int32 `[T]`: how many tokens of its document come before each token. Nothing is asked of the device."""
     bounds = cu_seqlens.to(device, torch.int32)

@@ -47,6 +47,21 @@ def short_convolution(
     return torch.stack(rows).to(x.dtype), torch.stack(tails).to(x.dtype) if output_tail else None
 
 
+def short_convolutions(
+    xs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    *,
+    real: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See `hybridize_kernels.short_convolutions`; what the other forms must equal."""
+    return tuple(
+        short_convolution(x, weight, real=real, activation=activation, cu_seqlens=cu_seqlens)[0]
+        for x, weight in zip(xs, taps, strict=True)
+    )
+
+
 @torch.no_grad()
 def short_convolution_step(
     xs: Sequence[Tensor],

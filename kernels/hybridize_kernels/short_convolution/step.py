@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .tiles import channel_block
+from .tiles import channel_block, of_channels, of_three
 
 CHANNELS = 256
 """Of a program, at most; more channels leave processors idle at batch 1."""
@@ -38,21 +38,13 @@ def short_convolution_step(
     channels = [weight.shape[0] for weight in taps]
     num_taps = taps[0].shape[1]
     block = min(channel_block(size, CHANNELS) for size in channels)
-    channels += [0] * (3 - len(xs))
     blocks = sum(triton.cdiv(size, block) for size in channels)
-
-    def three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, third = (*tensors, tensors[0], tensors[0])[:3]
-        return first, second, third
-
     launch(
         _step_kernel,
         (batch * blocks,),
-        (*three(xs), *three(taps), *three(ys), tail, xs[0] if real is None else real.contiguous()),
+        (*of_three(xs), *of_three(taps), *of_three(ys), tail, xs[0] if real is None else real.contiguous()),
         (time,),
-        C0=channels[0],
-        C1=channels[1],
-        C2=channels[2],
+        **of_channels(tuple(channels)),
         N=num_taps,
         BLOCK_T=triton.next_power_of_2(time),
         BLOCK_N=triton.next_power_of_2(num_taps),

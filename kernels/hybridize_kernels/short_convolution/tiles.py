@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,9 +38,11 @@ BACKWARD_SILU = {4: Tile(512, 16, 1, 4224), 8: Tile(128, 8, 1, 4224), 16: Tile(6
 """SiLU's argument is computed again for every tap: 2 n − 1 tiles of the text are held at once."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """How a text is shared out: a tile, `steps` of them a program, `chunks` programs along time and a grid of them."""
+TABLES = {"forward": FORWARD, "backward": BACKWARD, "backward_silu": BACKWARD_SILU}
+
+
+class Work(NamedTuple):
+    """How texts are shared out: a tile, `steps` of them a program, `chunks` programs along time and a grid of them."""
 
     tokens: int
     channels: int
@@ -46,22 +51,57 @@ class Work:
     grid: tuple[int]
     warps: int
 
-    @classmethod
-    def of(cls, table: dict[int, Tile], name: str, x: Tensor, taps: int, more_tokens: int = 0) -> Work:
-        """For a text `[B, T, C]`, `more_tokens` longer than it is."""
-        batch, time, channels = x.shape
-        tile = table[min(most for most in table if most >= taps)]
-        if override := os.environ.get(VARIABLE):
-            given = dict(part.split("=") for part in override.split(";"))
-            tile = Tile(*map(int, given[name].split(","))) if name in given else tile
-        widest = 32 * tile.warps * tile.thread_bytes // x.element_size()
-        block = channel_block(channels, max(LEAST_CHANNELS, widest))
-        tokens = max(1, tile.numbers // block)
-        tiles = triton.cdiv(time + more_tokens, tokens)
-        rows = batch * triton.cdiv(channels, block)
-        steps = max(1, min(MAX_STEPS, rows * tiles // tile.programs))
-        chunks = triton.cdiv(tiles, steps)
-        return cls(tokens, block, steps, chunks, (rows * chunks,), tile.warps)
+
+class Places(NamedTuple):
+    """Where tokens lie: what `real_tokens_first` gives of padding, places `[T]` in a packed row, or nothing."""
+
+    order: Tensor | None
+    real_tokens: Tensor | None
+    place: Tensor | None
+
+
+def of_three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """One to three tensors for the fixed places of a kernel's pointers."""
+    first, second, third = (*tensors, tensors[0], tensors[0])[:3]
+    return first, second, third
+
+
+@lru_cache(maxsize=256)
+def of_channels(channels: tuple[int, ...]) -> dict[str, int]:
+    """The kernels' constants C0, C1 and C2; 0 where there is no text."""
+    return {f"C{n}": channels[n] if n < len(channels) else 0 for n in range(3)}
+
+
+def work_of(name: str, x: Tensor, channels: tuple[int, ...], taps: int, more_tokens: int = 0) -> Work:
+    """For texts `[B, T, C]` of these channels and x's B, T and dtype, `more_tokens` longer than x is."""
+    batch, time = x.shape[:2]
+    return _work_of(name, batch, time, channels, x.element_size(), taps, more_tokens, os.environ.get(VARIABLE))
+
+
+@lru_cache(maxsize=1024)
+def _work_of(
+    name: str,
+    batch: int,
+    time: int,
+    channels: tuple[int, ...],
+    number_bytes: int,
+    taps: int,
+    more_tokens: int,
+    override: str | None,
+) -> Work:
+    table = TABLES[name]
+    tile = table[min(most for most in table if most >= taps)]
+    given = dict(part.split("=") for part in override.split(";")) if override else {}
+    if values := given.get(name.split("_")[0]):
+        tile = Tile(*map(int, values.split(",")))
+    widest = max(LEAST_CHANNELS, 32 * tile.warps * tile.thread_bytes // number_bytes)
+    block = min(channel_block(size, widest) for size in channels)
+    tokens = max(1, tile.numbers // block)
+    tiles = triton.cdiv(time + more_tokens, tokens)
+    rows = batch * sum(triton.cdiv(size, block) for size in channels)
+    steps = max(1, min(MAX_STEPS, rows * tiles // tile.programs))
+    chunks = triton.cdiv(tiles, steps)
+    return Work(tokens, block, steps, chunks, (rows * chunks,), tile.warps)
 
 
 def channel_block(channels: int, most: int) -> int:

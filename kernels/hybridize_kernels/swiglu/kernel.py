@@ -101,50 +101,66 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up)
-        gates, ups = _halves(gate, up)
-        size = gates.shape[1]
-        dtype = torch.promote_types(gates.dtype, ups.dtype)
-        y = torch.empty(*gate.shape[:-1], size, dtype=dtype, device=gate.device)
-        work = _work("forward", gates)
-        launch(
-            _forward_kernel,
-            (work.tiles,),
-            (gates, ups, y),
-            (gates.shape[0],),
-            SIZE=size,
-            GATE_STRIDE=_stride(gates),
-            UP_STRIDE=_stride(ups),
-            BLOCK_N=work.rows,
-            BLOCK_I=work.columns,
-            num_warps=work.warps,
-        )
-        return y
+        return activate(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         gate, up = ctx.saved_tensors
-        gates, ups = _halves(gate, up)
         d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         d_up = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
-        d_gates, d_ups = _halves(d_gate, d_up)
-        rows = _rows(dy)
-        work = _work("backward", rows)
-        launch(
-            _backward_kernel,
-            (work.tiles,),
-            (rows, gates, ups, d_gates, d_ups),
-            (rows.shape[0],),
-            SIZE=rows.shape[1],
-            DY_STRIDE=_stride(rows),
-            GATE_STRIDE=_stride(gates),
-            UP_STRIDE=_stride(ups),
-            D_STRIDE=_stride(d_gates),
-            BLOCK_N=work.rows,
-            BLOCK_I=work.columns,
-            num_warps=work.warps,
-        )
+        differentiate(dy, (gate, up), (d_gate, d_up))
         return d_gate, d_up
+
+
+def activate(gate: Tensor, up: Tensor | None) -> Tensor:
+    """silu(gate) · up, of two tensors or of two halves."""
+    gates, ups = _halves(gate, up)
+    size = gates.shape[1]
+    dtype = torch.promote_types(gates.dtype, ups.dtype)
+    y = torch.empty(*gate.shape[:-1], size, dtype=dtype, device=gate.device)
+    work = _work("forward", gates)
+    launch(
+        _forward_kernel,
+        (work.tiles,),
+        (gates, ups, y),
+        (gates.shape[0],),
+        SIZE=size,
+        GATE_STRIDE=_stride(gates),
+        UP_STRIDE=_stride(ups),
+        BLOCK_N=work.rows,
+        BLOCK_I=work.columns,
+        num_warps=work.warps,
+    )
+    return y
+
+
+def differentiate(
+    dy: Tensor,
+    inputs: tuple[Tensor, Tensor | None],
+    gradients: tuple[Tensor, Tensor | None],
+    activation: Tensor | None = None,
+) -> None:
+    """Writes the gradients of gate and up; and silu(gate) · up `[..., I]` once more, where there is room for it."""
+    gates, ups = _halves(*inputs)
+    d_gates, d_ups = _halves(*gradients)
+    rows = _rows(dy)
+    work = _work("backward", rows)
+    launch(
+        _backward_kernel,
+        (work.tiles,),
+        (rows, gates, ups, d_gates, d_ups, rows if activation is None else activation),
+        (rows.shape[0],),
+        SIZE=rows.shape[1],
+        DY_STRIDE=_stride(rows),
+        GATE_STRIDE=_stride(gates),
+        UP_STRIDE=_stride(ups),
+        D_STRIDE=_stride(d_gates),
+        BLOCK_N=work.rows,
+        BLOCK_I=work.columns,
+        AGAIN=activation is not None,
+        num_warps=work.warps,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -173,6 +189,7 @@ def _backward_kernel(
     up_ptr,  # [N, I], rows UP_STRIDE apart
     d_gate_ptr,  # [N, I], rows D_STRIDE apart
     d_up_ptr,  # [N, I], rows D_STRIDE apart
+    y_ptr,  # [N, I]
     rows,
     SIZE: tl.constexpr,
     DY_STRIDE: tl.constexpr,
@@ -181,6 +198,7 @@ def _backward_kernel(
     D_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     row, column, inside = _tile(rows, SIZE, BLOCK_N, BLOCK_I)
     dy = tl.load(dy_ptr + row * DY_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
@@ -192,6 +210,8 @@ def _backward_kernel(
     at = row * D_STRIDE + column
     tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
     tl.store(d_up_ptr + at, (dy * silu).to(d_up_ptr.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(y_ptr + row * SIZE + column, (silu * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -66,9 +66,13 @@ def token_scorer(
     _check_documents(op, k, real, cu_seqlens)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout is {dropout}, expected at least 0 and below 1")
-    # Detached, since the kernels have a backward pass.
-    tensors = (x.detach() for x in (k, v, *weights, *biases, output_weight, output_bias))
-    form = choose(op, *tensors, has_kernel=True, kernel_fits=_fits(k, v, weights, compute_dtype))
+    form = choose(
+        op,
+        *(k, v, *weights, *biases, output_weight, output_bias),
+        has_kernel=True,
+        kernel_fits=_fits(k, v, weights, compute_dtype),
+        kernel_has_gradient=True,
+    )
     if form == "triton":
         from .fused import token_scorer as kernel
 

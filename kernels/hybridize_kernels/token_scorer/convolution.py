@@ -6,49 +6,50 @@ it loads (SiLU(0) = 0), and the backward pass needs nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import cdiv
 
-from .tiles import add_taps, channel_block, load_documents, padded, tiles_for
+from ..launch import launch
+from .tiles import Tiles, add_taps, channel_block, load_documents, padded, tiles_for
 
 COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PRECISION = "tf32x3"
 """Of fp32 products: each is three products of shorter parts on the matrix units, within fp32's own rounding."""
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """What one call scores.
 
     Attributes:
         k, v: `[B, T, H, D]`, the channels of a token side by side in memory.
         start, end: `[B]` int32, between which columns a row's tokens lie; of a packed row `[T]`, between which the
-            document of each token lies; not read in a streaming call.
-        dropped: of 2**24, how many numbers dropout zeroes; seed: `[1]` int64, which ones.
+            document of each token lies. None: every column is a token of the row's one text, or it is streamed.
+        packed: whether documents lie side by side.
+        dropped: of 2**24, how many numbers dropout zeroes; seed: `[1]` int64, which ones, None for none.
         compute: type of the products' factors, and of z.
+        override: of the table of tiles, see `tiles.VARIABLE`.
         history, num_before: of a streaming call.
     """
 
     k: Tensor
     v: Tensor
-    start: Tensor
-    end: Tensor
+    start: Tensor | None
+    end: Tensor | None
+    packed: bool
     kernel: int
     dilation: int
     dropped: int
-    seed: Tensor
+    seed: Tensor | None
     compute: torch.dtype
+    override: str | None
     history: Tensor | None = None
     num_before: Tensor | None = None
-
-    @property
-    def packed(self) -> bool:
-        """Whether documents lie side by side. (A row of one token is the same either way.)"""
-        return len(self.start) != len(self.k)
 
     @property
     def reach(self) -> int:
@@ -59,29 +60,47 @@ class Text:
     def keep_scale(self) -> float:
         return 1.0 / (1.0 - self.dropped / 2**24)
 
+    @property
+    def bounded(self) -> str:
+        """What `start` and `end` bound: "nothing", the tokens of "rows", or those of packed "documents"."""
+        return "documents" if self.packed else "nothing" if self.start is None else "rows"
 
-@dataclass(frozen=True)
-class Layer:
-    """weight: `[H or 1, kernel · C, C']` in the type of the products; bias: `[H or 1, C']` in fp32.
+    def tiles(self, outputs: int, *, exact: bool = False) -> Tiles:
+        """Those of a convolution to so many channels."""
+        return tiles_for(outputs, self.compute, exact, self.override)
 
-    given: type of the weight as it was given.
+    @staticmethod
+    def strides(x: Tensor) -> tuple[int, int, int]:
+        """Of row, head and token, of `[B, T, H, D]`."""
+        return x.stride(0), x.stride(2), x.stride(1)
+
+    def strides_of_z(self, channels: int) -> tuple[int, int, int]:
+        """Of row, head and token, of `[B, H, T, C]`."""
+        _, time, heads, _ = self.k.shape
+        return heads * time * channels, time * channels, channels
+
+    def or_else(self, x: Tensor | None) -> Tensor:
+        """x, or where it is not there, any tensor, which is not read, for its place among a kernel's pointers."""
+        return self.k if x is None else x
+
+
+class Layer(NamedTuple):
+    """weight: the numbers `[H or 1, kernel · C, C']` in the type of the products; bias: `[H or 1, C']`.
+
+    inputs: C, of the first layer 2 D. given: type of the weight as it was given.
     """
 
     weight: Tensor
     bias: Tensor
+    inputs: int
     given: torch.dtype
 
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, compute: torch.dtype) -> Layer:
-        return cls(weight.to(compute).contiguous(), bias.float().contiguous(), weight.dtype)
 
+class Projection(NamedTuple):
+    """The last layer's: weight `[H or 1, C]` and bias `[H or 1]`, logits `[B, T, H]` in fp32.
 
-@dataclass(frozen=True)
-class Projection:
-    """The last layer's: weight `[H or 1, C]` and bias `[H or 1]` in fp32, logits `[B, T, H]` in fp32.
-
-    With `partial` `[B · H, tiles, C]`, logits are their gradient: the kernel stores the gradient of z, and in `partial`
-    each tile's sum of the weight's gradient.
+    With `partial` `[B, tiles, H · (C + 1)]`, logits are their gradient: the kernel stores the gradient of z, and in
+    `partial` each tile's sums of the gradients of all weights, then of all biases.
     """
 
     weight: Tensor
@@ -89,44 +108,52 @@ class Projection:
     logits: Tensor
     partial: Tensor | None = None
 
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, logits: Tensor, partial: Tensor | None = None) -> Projection:
-        return cls(weight.float().contiguous(), bias.float().contiguous(), logits, partial)
-
 
 def convolve(
-    text: Text, layers: list[Layer], index: int, inputs: Tensor | None, output: Tensor | None, last: Projection | None
+    text: Text,
+    layers: Sequence[Layer],
+    index: int,
+    inputs: Tensor | None,
+    output: Tensor | None,
+    last: Projection | None,
 ) -> None:
-    """Runs layer `index` on z of the layer before (`inputs`; k and v for the first), writing z to `output`."""
+    """Runs layer `index` on z of the layer before (`inputs`; k and v for the first), writing z to `output`.
+
+    Of z, here and in the backward pass, the numbers count and not the shape: `[B, H, T, C]`, contiguous.
+    """
     batch, time, heads, head_size = text.k.shape
     layer = layers[index]
-    outputs = layer.bias.shape[-1]
-    parts = (text.k, text.v) if inputs is None else (inputs, inputs)
-    channels = head_size if inputs is None else inputs.shape[-1]
+    scorers, outputs = layer.bias.shape
+    from_text = inputs is None
+    x, y = (text.k, text.v) if inputs is None else (inputs, inputs)
     streaming = text.history is not None
-    exact = inputs is None and text.k.dtype == torch.bfloat16 and text.compute == torch.float32 and not text.dropped
-    weight = layer.weight[None]
+    exact = is_exact(text, index)
+    weight = layer.weight
     if exact:  # of a bf16 weight the first part is all
-        weight = weight.bfloat16() if layer.given == torch.bfloat16 else in_parts(layer.weight)
-    tile = tiles_for(outputs, text.compute, exact=exact).convolution
-    tiles = triton.cdiv(time, tile.tokens)
-    nothing = layer.bias
-    mode = "store" if last is None else "logits" if last.partial is None else "gradient"
-    with torch.cuda.device_of(text.k):
-        _convolution_kernel[(tiles * batch * heads,)](
-            *parts,
+        weight = weight.bfloat16()[None] if layer.given == torch.bfloat16 else in_parts(weight)
+    tile = text.tiles(outputs, exact=exact).convolution
+    tiles = cdiv(time, tile.tokens)
+    nothing = text.or_else(None)
+    launch(
+        _convolution_kernel,
+        (tiles * batch * heads,),
+        (
+            x,
+            y,
             weight,
             layer.bias,
-            text.start,
-            text.end,
-            nothing if text.history is None else text.history,
-            nothing if text.num_before is None else text.num_before,
-            text.seed,
-            nothing if output is None else output,
-            *((nothing,) * 3 if last is None else (last.weight, last.bias, last.logits)),
-            nothing if last is None or last.partial is None else last.partial,
-            *strides(parts[0], of_text=inputs is None),
-            *strides(parts[1], of_text=inputs is None),
+            text.or_else(text.start),
+            text.or_else(text.end),
+            text.or_else(text.history),
+            text.or_else(text.num_before),
+            text.or_else(text.seed),
+            text.or_else(output),
+            *((nothing,) * 3 if last is None else last[:3]),
+            nothing if last is None else text.or_else(last.partial),
+        ),
+        (
+            *(text.strides(x) if from_text else text.strides_of_z(layer.inputs)),
+            *(text.strides(y) if from_text else text.strides_of_z(layer.inputs)),
             time,
             heads,
             tiles,
@@ -134,30 +161,36 @@ def convolve(
             2 * text.reach if streaming else text.reach,
             (index + 1) * text.reach,
             0 if text.history is None else text.history.shape[-1],
-            2 * text.reach * sum(x.weight.shape[1] // text.kernel for x in layers[:index]),
+            2 * text.reach * sum(before.inputs for before in layers[:index]) if streaming else 0,
             text.dropped,
             text.keep_scale,
-            weight.stride(0),
-            C=channels,
-            N=outputs,
-            LAYER=index,
-            BLOCK_T=tile.tokens,
-            BLOCK_C=channel_block(channels, tile.channels),
-            BLOCK_N=padded(outputs),
-            KERNEL=text.kernel,
-            SPLITS=weight.shape[0],
-            SHARED=layer.weight.shape[0] == 1,
-            FROM_TEXT=inputs is None,
-            DROPOUT=text.dropped > 0,
-            HISTORY=streaming,
-            PACKED=text.packed,
-            MODE=mode,
-            COMPUTE=COMPUTE[weight.dtype],
-            PRECISION=PRECISION,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+            weight.stride(0) if exact else 0,
+        ),
+        C=head_size if from_text else layer.inputs,
+        N=outputs,
+        LAYER=index,
+        BLOCK_T=tile.tokens,
+        BLOCK_C=channel_block(head_size if from_text else layer.inputs, tile.channels),
+        BLOCK_N=padded(outputs),
+        KERNEL=text.kernel,
+        SPLITS=weight.shape[0] if exact else 1,
+        SHARED=scorers == 1,
+        FROM_TEXT=from_text,
+        DROPOUT=text.dropped > 0,
+        HISTORY=streaming,
+        BOUNDED=text.bounded,
+        MODE="store" if last is None else "logits" if last.partial is None else "gradient",
+        COMPUTE=COMPUTE[weight.dtype],
+        PRECISION=PRECISION,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def is_exact(text: Text, index: int) -> bool:
+    """Whether layer `index` multiplies bf16 keys and values by an fp32 weight in parts."""
+    return index == 0 and text.k.dtype == torch.bfloat16 and text.compute == torch.float32 and not text.dropped
 
 
 def in_parts(weight: Tensor) -> Tensor:
@@ -172,11 +205,6 @@ def in_parts(weight: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def strides(x: Tensor, *, of_text: bool) -> tuple[int, int, int]:
-    """Of row, head and token: `[B, T, H, D]` if of the text, else `[B, H, T, C]`."""
-    return (x.stride(0), x.stride(2), x.stride(1)) if of_text else (x.stride(0), x.stride(1), x.stride(2))
-
-
 _RUNTIME = ["time", "heads", "tiles", "dilation", "left", "delay", "history_width", "history_start", "dropped"]
 
 
@@ -186,7 +214,7 @@ def _convolution_kernel(
     y_ptr,  # values
     w_ptr,  # [SPLITS, H or 1, KERNEL · width, N]
     bias_ptr,  # [H or 1, N]
-    start_ptr,  # [B], or [T] if PACKED
+    start_ptr,  # [B] if rows are BOUNDED, [T] if documents are
     end_ptr,
     history_ptr,  # [B, H, history_width]
     num_before_ptr,  # [B]
@@ -195,7 +223,7 @@ def _convolution_kernel(
     output_weight_ptr,  # [H or 1, N]
     output_bias_ptr,  # [H or 1]
     logits_ptr,  # [B, T, H]
-    partial_ptr,  # [B · H, tiles, N]
+    partial_ptr,  # [B, tiles, H · (N + 1)]
     x_stride_b,
     x_stride_h,
     x_stride_t,
@@ -225,7 +253,7 @@ def _convolution_kernel(
     FROM_TEXT: tl.constexpr,
     DROPOUT: tl.constexpr,
     HISTORY: tl.constexpr,
-    PACKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     MODE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -251,14 +279,15 @@ def _convolution_kernel(
         num_before = tl.load(num_before_ptr + row).to(tl.int32)
         first = delay - num_before  # the outputs before it are of positions before the text
         history_ptr += row_head * history_width + history_start
-    elif PACKED:
+    elif BOUNDED == "documents":
         first, end = load_documents(start_ptr, end_ptr, times, time)
-    else:
+    elif BOUNDED == "rows":
         first = tl.load(start_ptr + row)
         end = tl.load(end_ptr + row)
     lower = 0
     upper = time
-    if PACKED or (FROM_TEXT and not HISTORY):  # z of padding is zero, but not that of another document
+    # z of padding is zero, but not that of another document.
+    if BOUNDED == "documents" or (FROM_TEXT and BOUNDED == "rows"):
         lower = first
         upper = end
     x_ptr += row * x_stride_b + head * x_stride_h + begin.to(tl.int64) * x_stride_t
@@ -279,23 +308,28 @@ def _convolution_kernel(
             C, C, WIDTH, N, N, LAYER, BLOCK_T, BLOCK_C, BLOCK_N, KERNEL, SPLITS,
             False, DROPOUT, HISTORY, COMPUTE, PRECISION, STAGES,
         )  # fmt: skip
-    z += tl.load(bias_ptr + scorer * N + columns, mask=in_n, other=0.0)[None, :]
+    z += tl.load(bias_ptr + scorer * N + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
     is_token = (times >= first) & (times < end)
-    z = tl.where(is_token[:, None] & in_n[None, :], z, 0.0)
+    if HISTORY or BOUNDED != "nothing":  # past the row nothing is read or stored, and past N all weights are zero
+        z = tl.where(is_token[:, None] & in_n[None, :], z, 0.0)
 
     in_time = times < time
     if MODE != "store":
-        weight = tl.load(output_weight_ptr + scorer * N + columns, mask=in_n, other=0.0)
+        weight = tl.load(output_weight_ptr + scorer * N + columns, mask=in_n, other=0.0).to(tl.float32)
         at = logits_ptr + (row * time + times) * heads + head
         gate = tl.sigmoid(z)
         activated = z * gate
         if MODE == "logits":
-            logits = tl.sum(activated * weight[None, :], axis=1) + tl.load(output_bias_ptr + scorer)
+            bias = tl.load(output_bias_ptr + scorer).to(tl.float32)
+            logits = tl.sum(activated * weight[None, :], axis=1) + bias
             tl.store(at, logits, mask=in_time)
         else:
             gradient = tl.load(at, mask=in_time & is_token, other=0.0)
             partial = tl.sum(activated * gradient[:, None], axis=0)
-            tl.store(partial_ptr + (row_head * tiles + tile) * N + columns, partial, mask=in_n)
+            partial_ptr += (row * tiles + tile) * heads * (N + 1)
+            tl.store(partial_ptr + head * N + columns, partial, mask=in_n)
+            # The bias is what a padded token is given, too.
+            tl.store(partial_ptr + heads * N + head, tl.sum(tl.load(at, mask=in_time, other=0.0), axis=0))
             z = gradient[:, None] * weight[None, :] * gate * (1.0 + z * (1.0 - gate))
     if MODE != "logits":
         z_ptr += (row_head * time + begin) * N

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .convolution import PRECISION
-from .tiles import padded, silu, tiles_for
+from .tiles import padded, silu, tiles_for, tiles_override
 
 MAX_LAYERS = 4
 """All layers' parameters are arguments of the kernel."""
@@ -38,11 +39,21 @@ def score_one_column(
     logits = torch.empty(batch, 1, heads, dtype=torch.float32, device=k.device)
     outputs = [bias.shape[-1] for bias in biases]
     missing = MAX_LAYERS - len(outputs)
-    tile = tiles_for(max(outputs), torch.float32).step
+    tile = tiles_for(max(outputs), torch.float32, False, tiles_override()).step
     blocks = triton.cdiv(batch, tile.tokens)
     weights, biases = ([x.contiguous() for x in tensors] for tensors in (weights, biases))
-    with torch.cuda.device_of(k):
-        _step_kernel[(blocks * heads,)](
+    per_layer = {
+        f"{name}{n}": size
+        for n in range(MAX_LAYERS)
+        for name, size in (
+            ("N", outputs[n] if n < len(outputs) else 1),
+            ("BLOCK_N", padded(outputs[n]) if n < len(outputs) else 1),
+        )
+    }
+    launch(
+        _step_kernel,
+        (blocks * heads,),
+        (
             k,
             v,
             history,
@@ -55,6 +66,8 @@ def score_one_column(
             output_weight.contiguous(),
             output_bias.contiguous(),
             logits,
+        ),
+        (
             k.stride(0),
             k.stride(2),
             v.stride(0),
@@ -64,22 +77,20 @@ def score_one_column(
             blocks,
             dilation,
             history.shape[-1],
-            head_size,
-            padded(head_size),
-            *outputs,
-            *[1] * missing,
-            *[padded(n) for n in outputs],
-            *[1] * missing,
-            LAYERS=len(outputs),
-            BLOCK_B=tile.tokens,
-            BLOCK_C=tile.channels,
-            KERNEL=weights[0].shape[1] // (2 * head_size),
-            SHARED=weights[0].shape[0] == 1,
-            PRECISION=PRECISION,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        ),
+        D=head_size,
+        BLOCK_D=padded(head_size),
+        **per_layer,
+        LAYERS=len(outputs),
+        BLOCK_B=tile.tokens,
+        BLOCK_C=tile.channels,
+        KERNEL=weights[0].shape[1] // (2 * head_size),
+        SHARED=weights[0].shape[0] == 1,
+        PRECISION=PRECISION,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return logits
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .convolution import Layer, Projection, Text, convolve
 from .step import MAX_LAYERS, score_one_column
+from .tiles import tiles_override
 
 
 def token_scorer_step(
@@ -36,17 +37,23 @@ def token_scorer_step(
     text = Text(
         k,
         v,
-        start=num_before,
-        end=num_before,
+        start=None,
+        end=None,
+        packed=False,
         kernel=weights[0].shape[1] // (2 * head_size),
         dilation=dilation,
         dropped=0,
-        seed=num_before,
+        seed=None,
         compute=torch.float32,
+        override=tiles_override(),
         history=history,
         num_before=num_before,
     )
-    layers = [Layer.of(weight, bias, text.compute) for weight, bias in zip(weights, biases, strict=True)]
+    layers = [
+        Layer(weight.to(text.compute).contiguous(), bias.contiguous(), weight.shape[1] // text.kernel, weight.dtype)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    projection = Projection(output_weight.contiguous(), output_bias.contiguous(), logits)
     ring = _Ring(history, num_new, num_before, 2 * text.reach)
     inputs: Tensor | None = None
     for index, layer in enumerate(layers):
@@ -55,7 +62,7 @@ def token_scorer_step(
             z = torch.empty(batch, heads, time, layer.bias.shape[-1], dtype=text.compute, device=k.device)
             convolve(text, layers, index, inputs, z, None)
         else:
-            convolve(text, layers, index, inputs, None, Projection.of(output_weight, output_bias, logits))
+            convolve(text, layers, index, inputs, None, projection)
         # After the kernel that reads what the slots held.
         if inputs is None:
             ring.store(k.transpose(1, 2), v.transpose(1, 2))

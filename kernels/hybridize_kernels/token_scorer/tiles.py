@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -57,24 +58,35 @@ _FLOAT = {
 }
 
 
-def tiles_for(outputs: int, dtype: torch.dtype, *, exact: bool = False) -> Tiles:
-    """The tiles for a convolution to this many channels, with factors of this type; exact: in three bf16 parts."""
+@lru_cache(maxsize=256)
+def tiles_for(outputs: int, dtype: torch.dtype, exact: bool, override: str | None) -> Tiles:
+    """The tiles for a convolution to this many channels, with factors of this type.
+
+    exact: of a weight in three bf16 parts. override: what the environment says.
+    """
     size = max(64, padded(outputs))
     tiles = (_FLOAT if dtype == torch.float32 else _HALF)[size]
     if exact:
         tiles = replace(tiles, convolution=_EXACT[size])
-    if override := os.environ.get(VARIABLE):
+    if override:
         given = dict(part.split("=") for part in override.split(";"))
         tiles = replace(tiles, **{name: Tile(*map(int, values.split(","))) for name, values in given.items()})
     return tiles
 
 
+def tiles_override() -> str | None:
+    """What `VARIABLE` says, asked for once a call."""
+    return os.environ.get(VARIABLE)
+
+
+@lru_cache(maxsize=256)
 def padded(channels: int) -> int:
     """The width of a tile that holds so many channels."""
     width: int = max(LEAST, triton.next_power_of_2(channels))
     return width
 
 
+@lru_cache(maxsize=256)
 def channel_block(channels: int, most: int) -> int:
     """Channels taken at a time: without a rest where that is possible."""
     block = min(most, padded(channels))
