@@ -35,8 +35,9 @@ def predicted_and_taken(
 
     Returns:
         `stages`, `total` and `peak`, each with `predicted`, `taken` and `ratio` (predicted / taken). Seconds of a stage
-        count from the end of the one before to its last step; the total is that of the call of `distill`; the peak is
-        in bytes, of a GPU's allocator or, on a CPU, of this whole process.
+        count from the end of the one before to its last step; the total is that of the call of `distill`, which finds
+        modules imported that the prediction counts (some seconds); the peak is in bytes, of a GPU's allocator or, on a
+        CPU, of this whole process.
 
     Raises:
         What `calibrate`, `convert` and `distill` raise.
