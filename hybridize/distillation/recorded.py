@@ -2,13 +2,15 @@
 
 A small model's kernels are done before the host has queued the next ones: a step of SmolLM2-135M is some six thousand
 launches. Recorded, it is one. Whatever a step takes from the host is part of the record: shapes, the eviction budget,
-the share of a micro-batch in its step. When one of these changes, micro-batches are queued again as ever, and recorded
-anew once they repeat. Kernels and their order are the same either way, and so are the numbers.
+the share of a micro-batch in its step. Micro-batches that are new in this are queued as ever, and recorded once they
+have repeated; a few records are kept, in one memory. Kernels and their order are the same either way, and so are the
+numbers.
 """
 
 from __future__ import annotations
 
 import gc
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +28,9 @@ from hybridize.distillation.top_k import TopK
 
 MOST_OPERATIONS = 2e14
 """Of a micro-batch, forward and backward: beyond about half a second of them a GPU never waits for the host."""
+QUEUED_FIRST = 3
+"""Micro-batches of a kind that are queued: to record one takes as long as queueing two."""
+MOST_RECORDS = 4
 BOUNDS_STEP = 32
 """Documents are counted up to a multiple of this, the last ones empty, so that most batches of a stage are alike."""
 
@@ -65,9 +70,9 @@ class RecordedDistil:
     def __init__(self, step: Distil, note: Callable[[str], None]) -> None:
         self.step, self.note = step, note
         self.groups: tuple[Group, ...] = step.groups
-        self._key: Hashable = None
-        self._repeats = 0
-        self._record: Record | None = None
+        self._schedule: tuple[Hashable, ...] = ()
+        self._counts: Counter[Hashable] = Counter()
+        self._records: OrderedDict[Hashable, Record] = OrderedDict()
         self._given_up = False
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
@@ -82,18 +87,32 @@ class RecordedDistil:
     def backward(self, prepared: tuple[Batch, Target | None], share: float, *, measure: bool) -> Measured:
         batch, target = prepared
         batch = replace(batch, bounds=padded_bounds(batch.bounds))
+        self._follow_schedule()
         key = (share, measure and not self.step.stage.objective.kl, *map(_kind, _tensors(batch, target)))
-        key += tuple(mixer.schedule_key() for _, mixer in self.step.student.mixers)
-        self._repeats = self._repeats + 1 if key == self._key else 0
-        if self._repeats == 0:
-            self._forget(key)
-        if self._given_up or self._repeats == 0:
+        self._counts[key] += 1
+        if self._given_up or self._counts[key] <= QUEUED_FIRST:
             return self._queue(batch, target, share, measure)
-        if self._repeats == 1:
+        if self._counts[key] == QUEUED_FIRST + 1:
             return self._tried(batch, target, share, measure)
-        if self._record is None:
-            self._record = self._recorded(batch, target, share, measure)
-        return self._replayed(self._record, _tensors(batch, target))
+        if key not in self._records:
+            self._make_room()
+            self._records[key] = self._recorded(batch, target, share, measure)
+        self._records.move_to_end(key)
+        return self._replayed(self._records[key], _tensors(batch, target))
+
+    def _follow_schedule(self) -> None:
+        """Forgets what was recorded under another schedule: it does not come back."""
+        schedule = tuple(mixer.schedule_key() for _, mixer in self.step.student.mixers)
+        if schedule != self._schedule:
+            self._schedule = schedule
+            self._counts.clear()
+            self._records.clear()
+
+    def _make_room(self) -> None:
+        """Forgets the record that was not replayed for longest, where there are many."""
+        if len(self._records) >= MOST_RECORDS:
+            oldest, _ = self._records.popitem(last=False)
+            self._counts[oldest] = 0
 
     def _queue(self, batch: Batch, target: Target | None, share: float, measure: bool) -> Measured:
         """A micro-batch as ever."""
@@ -130,7 +149,9 @@ class RecordedDistil:
             for _, mixer in self.step.student.mixers:
                 mixer.take_observations()
             _release()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Records are replayed one after the other, and what one leaves is used before the next: they share memory.
+            pool = next((record.graph.pool() for record in self._records.values()), None)
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 measured = self._queue(*_restored(batch, target, inputs), share, measure)
             gradients = tuple((p, p.grad) for p in self._parameters if p.grad is not None)
             mixers = [mixer for _, mixer in self.step.student.mixers]
@@ -175,12 +196,6 @@ class RecordedDistil:
         for mixer, observations in record.observed:
             mixer.give_observations([type(o)(*map(_copied, o)) for o in observations])
         return {name: value.clone() for name, value in record.measured.items()}
-
-    def _forget(self, key: Hashable) -> None:
-        if self._record is not None:
-            self._record = None
-            _release()
-        self._key = key
 
 
 def recorded(step: Any, student: Student, tokens: int, device: torch.device, note: Callable[[str], None]) -> Any:

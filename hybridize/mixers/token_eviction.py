@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
-from hybridize.mixers.parts.budget_controller import BudgetController
 from hybridize.mixers.parts.documents import document_of_tokens, document_positions
 from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
 from hybridize.mixers.parts.retained_slots import completed, fill_retained
+from hybridize.mixers.parts.retention_parts import RetentionParts
 from hybridize.mixers.parts.slots import (
     entries_of,
     entry_columns,
@@ -35,27 +34,11 @@ from hybridize.mixers.parts.slots import (
     ring_positions,
     take,
 )
-from hybridize.mixers.parts.token_scorer import TokenScorer
 from hybridize_kernels import RetentionDecision, retained_attention, retained_decode, retention_decision
 
 SCORE_GRID = 2.0**16
 """Scores are compared on a grid of this many steps a unit: tokens in equal surroundings tie exactly (the earlier one
 wins), whatever the rounding of a matrix product does for one number of tokens or another."""
-
-
-class RetentionParts(nn.Module):
-    """The scorer and the controller of its L1 weight."""
-
-    def __init__(self, config: TokenEvictionConfig, geometry: AttentionGeometry) -> None:
-        super().__init__()
-        self.scorer = TokenScorer(
-            config.scorer_widths(geometry.head_size),
-            config.scorer_kernel,
-            config.scorer_dilation,
-            geometry.num_key_heads if config.scorer_sharing == "head" else 1,
-            config.scorer_dropout,
-        )
-        self.controller = BudgetController(config, geometry.num_key_heads)
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,8 @@ class TokenEviction(Mixer):
             return self._append(q, k, v, unrotated, state, positions), {}
 
         in_order = positions if self.padded else None
-        decision = self._decide(self._logits(unrotated, v, in_order, cu_seqlens), in_order, cu_seqlens)
+        logit = self._logits(unrotated, v, in_order, cu_seqlens)
+        decision = self._decide(logit, in_order, cu_seqlens)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
         out = self._attend(
             q,
@@ -153,7 +137,7 @@ class TokenEviction(Mixer):
         )
         if not self.training:
             return out, {}
-        return out, {"eviction_budget": self._observed(decision)}
+        return out, {"eviction_budget": self._observed(decision, logit)}
 
     # Learning from the teacher's queries and keys alone.
 
@@ -195,7 +179,7 @@ class TokenEviction(Mixer):
         """
         bounds = targets.cu_seqlens
         logit = self._logits(targets.keys, targets.values, None, bounds)
-        self.auxiliary = {"eviction_budget": self._observed(self._decide(logit, None, bounds))}
+        self.auxiliary = {"eviction_budget": self._observed(self._decide(logit, None, bounds), logit)}
         sinks = self.config.sink_tokens
         return retention_target_loss(logit, targets.future, targets.positions, sinks=sinks, cu_seqlens=bounds)
 
@@ -241,7 +225,13 @@ class TokenEviction(Mixer):
         complete: Tensor = (positions >= 0) & (positions <= last - self.config.margin_tokens)
         return complete
 
+    def _above_threshold(self, logit: Tensor) -> Tensor:
+        """[..., H]: zero is where a token begins to be kept."""
+        threshold = self.new.controller.threshold
+        return logit if threshold is None else logit - threshold
+
     def _score(self, logit: Tensor) -> Tensor:
+        logit = self._above_threshold(logit)
         return torch.sigmoid(logit) - 0.5 if self.config.score == "sigmoid" else torch.relu(logit)
 
     def _in_first_steps(self, steps: int) -> bool:
@@ -250,7 +240,7 @@ class TokenEviction(Mixer):
     def _decide(self, logit: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None = None) -> RetentionDecision:
         """What the logits [B, T, H] of whole texts decide; positions [B, T] where there may be padding, else None."""
         return retention_decision(
-            logit,
+            self._above_threshold(logit),
             self.new.controller.l1_weight,
             score=self.config.score,
             steps_per_unit=SCORE_GRID,
@@ -262,9 +252,9 @@ class TokenEviction(Mixer):
             longer_than=self.config.window_tokens + self.config.budget_tokens,
         )
 
-    def _observed(self, decision: RetentionDecision) -> Tensor:
+    def _observed(self, decision: RetentionDecision, logit: Tensor) -> Tensor:
         """The L1 loss of a micro-batch, which the controller of its weight takes note of."""
-        self.new.controller.observe(decision.kept_share, decision.scored_tokens)
+        self.new.controller.observe(decision.kept_share, decision.scored_tokens, logit)
         return decision.budget_loss
 
     # Attention and its state.

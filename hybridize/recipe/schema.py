@@ -257,7 +257,8 @@ class TeacherCache:
             65,536 tokens). The student learns them, and all others together as one.
         layer_inputs: keep what goes into the converted layers' attention as well, for align; a layer takes
             2 * hidden_size bytes a position in bfloat16.
-        folder: None: `distill/teacher-cache` in the run folder; else a path from the recipe's folder, which runs may share.
+        folder: None: `distill/teacher-cache` in the run folder; else a path from the recipe's folder, that runs may
+            share.
     """
 
     top_k: int = 64

@@ -77,6 +77,13 @@ def test_kept_tokens_reach_the_budget_and_stay(l1_sharing: str) -> None:
     assert ((settled - 1).abs() < 0.05).all(), (float(settled.min()), float(settled.max()))
 
 
+@pytest.mark.parametrize("scorer_sharing", ["head", "layer"])
+def test_a_threshold_brings_them_to_the_budget_without_a_loss(scorer_sharing: str) -> None:
+    kept = kept_by_step(300, budget_control="threshold", scorer_sharing=scorer_sharing)
+    settled = kept[200:] if scorer_sharing == "head" else kept[200:].mean(1, keepdim=True)
+    assert ((settled - 1).abs() < 0.05).all(), (float(settled.min()), float(settled.max()))
+
+
 @pytest.mark.parametrize("off", [0.3, 1.5, 5.0])
 def test_swings_of_a_scorer_that_overreacts_die_out(off: float) -> None:
     made = BudgetController(config_from_dict(EVICTION), 1)  # type: ignore[arg-type]

@@ -52,26 +52,10 @@ def controller(**changes: int) -> BudgetController:
     return made
 
 
-@pytest.mark.parametrize(
-    ("lengths", "kept", "mean"),
-    [
-        ([60, 40, 10], [[30, 12], [10, 6], [10, 10]], [20.0, 9.0]),  # the short one has nothing to evict
-        ([24, 10], [[20, 12], [10, 6]], [15.0, 9.0]),  # all are short
-        ([40], [[10, 6]], [10.0, 6.0]),
-    ],
-)
-def test_kept_tokens_are_those_of_a_document(lengths: list[int], kept: list[list[int]], mean: list[float]) -> None:
-    made = controller()
-    made.observe_documents(torch.tensor(kept), torch.tensor(lengths, dtype=torch.int32))
-    made.after_step(8)
-    assert made.num_kept.tolist() == pytest.approx(mean)
-
-
 def test_a_step_may_see_documents_and_whole_rows() -> None:
     made = controller(l1_every_steps=32)
-    margin = made.config.margin_tokens
     made.observe(torch.tensor([0.5, 0.25]), 40)
-    made.observe_documents(torch.tensor([[30, 10]]), torch.tensor([60 + margin], dtype=torch.int32))
+    made.observe(torch.tensor([30.0, 10.0]) / 60, torch.tensor(60.0))
     made.after_step(8)
     # From the mean length, 50 tokens, it follows at 2 / 17 towards 25 and 10.
     assert made.num_kept.tolist() == pytest.approx([50 - 25 * 2 / 17, 50 - 40 * 2 / 17])

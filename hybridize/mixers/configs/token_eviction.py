@@ -34,6 +34,9 @@ class TokenEvictionConfig(MixerConfig):
         score_gradient: "straight_through": a score gets the gradient of a gate on its token's value.
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
+        budget_control: how many tokens get a positive score; whatever their number, only the best `budget_tokens` are
+            retained. "l1": a loss pushes scores down, with a weight (lambda) that follows the number. "threshold": what
+            a logit has to exceed follows it, and it settles at `budget_tokens` a training sequence without a loss.
         l1_sharing: one L1 weight (lambda) per key head, or per layer.
         l1_margin: the L1 loss is on max(r + margin, 0): tokens that are pushed out come to rest that far below the
             threshold. With "sigmoid" only; 0 is the paper's.
@@ -63,15 +66,16 @@ class TokenEvictionConfig(MixerConfig):
     score_gradient: Literal["straight_through"] = "straight_through"
     warmup_steps: int = 0
     freeze_steps: int = 0
+    budget_control: Literal["l1", "threshold"] = "l1"
     l1_sharing: Literal["head", "layer"] = "head"
     l1_margin: float = 0.1
     l1_target_low: float = 0.98
     l1_target_high: float = 1.02
     l1_increase: float = 1.5
     l1_decrease: float = 2.0
-    l1_init: float = 1e-4
+    l1_init: float = 1e-9
     l1_min: float = 1e-9
-    l1_max: float = 100.0
+    l1_max: float = 1.0
     l1_every_steps: int = 32
     l1_initial_steps: int = 0
 

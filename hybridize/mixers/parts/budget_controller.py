@@ -13,13 +13,20 @@ from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 
 _LEAST_SHARE = 1e-6
 """Of the budget; keeps the logarithm of nothing finite."""
+_LEAST_KEPT = 0.5
+_MOST_LOGARITHMS = 2.0
+"""How far kept tokens count as off the budget, at most."""
+THRESHOLD_RATE = 0.05
+"""By how much of the spread of a head's logits its threshold moves, for each natural logarithm it is off."""
 
 
 class _Observation(NamedTuple):
-    """Of a micro-batch: the share [H] of its scored tokens that is kept, and how many of a text's are scored."""
+    """Of a micro-batch: the share [H] of its scored tokens that is kept, how many of a text's are scored, and the
+    standard deviation [H] of their logits, if that was taken."""
 
     kept_share: Tensor
     sequence_tokens: int | Tensor
+    spread: Tensor | None = None
 
 
 class BudgetController(nn.Module):
@@ -36,6 +43,10 @@ class BudgetController(nn.Module):
     arithmetic without a branch on the device's numbers. The buffers are the whole state between two steps and are saved
     with the mixer.
 
+    With `budget_control: threshold` there is no loss. What a logit has to exceed follows the number of kept tokens, as
+    the biases of experts follow their loads (arXiv 2408.15664), with steps in proportion: threshold += rate · spread ·
+    log(K / C), K of the step alone. No head can be lost: one that keeps nothing is given a lower threshold.
+
     Args:
         config: the constants, by their recipe keys.
         num_heads: H, key heads.
@@ -44,6 +55,8 @@ class BudgetController(nn.Module):
     num_kept: Tensor
     l1_weight: Tensor
     steps: Tensor
+    threshold: Tensor | None
+    """[H], what a logit has to exceed; None: zero."""
 
     def __init__(self, config: TokenEvictionConfig, num_heads: int) -> None:
         super().__init__()
@@ -51,6 +64,7 @@ class BudgetController(nn.Module):
         self.register_buffer("num_kept", torch.empty(num_heads))
         self.register_buffer("l1_weight", torch.empty(num_heads if config.l1_sharing == "head" else 1))
         self.register_buffer("steps", torch.empty((), dtype=torch.int64))
+        self.register_buffer("threshold", torch.empty(num_heads) if config.budget_control == "threshold" else None)
         self._observed: list[_Observation] = []
 
     def initialise(self) -> None:
@@ -66,32 +80,16 @@ class BudgetController(nn.Module):
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
-    def observe(self, kept_share: Tensor, sequence_tokens: int) -> None:
+    def observe(self, kept_share: Tensor, sequence_tokens: int | Tensor, logit: Tensor | None = None) -> None:
         """Notes a micro-batch.
 
         Args:
             kept_share: [H] share of its tokens with a positive score.
             sequence_tokens: tokens of a sequence that are scored.
+            logit: [B, T, H], of which a threshold needs the spread.
         """
-        self._observed.append(_Observation(kept_share.detach().float(), sequence_tokens))
-
-    @torch.no_grad()
-    def observe_documents(self, kept: Tensor, lengths: Tensor) -> None:
-        """Notes a micro-batch of packed documents.
-
-        What counts is a document that outgrows its cache: the mean is over those longer than window and budget, or,
-        where there is none, over all.
-
-        Args:
-            kept: [N, H] how many tokens of each document have a positive score. lengths: [N] its tokens.
-        """
-        config = self.config
-        long = lengths > config.window_tokens + config.budget_tokens
-        counts = torch.where(long.any(), long, lengths > 0).float()  # [N]; empty ones only fill up the bounds
-        number = counts.sum()
-        scored = ((lengths - config.margin_tokens).clamp(min=0) * counts).sum() / number
-        kept_tokens = (kept * counts[:, None]).sum(0) / number
-        self._observed.append(_Observation(kept_tokens / scored.clamp(min=1.0), scored))
+        spread = None if self.threshold is None or logit is None else logit.detach().float().flatten(0, 1).std(0)
+        self._observed.append(_Observation(kept_share.detach().float(), sequence_tokens, spread))
 
     def take_observations(self) -> list[_Observation]:
         """What was noted since the last step; nothing is noted then."""
@@ -104,11 +102,11 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def after_step(self, budget_tokens: int) -> None:
-        """Ends an optimiser step: updates K, and lambda once it has begun. Nothing happens if nothing was observed."""
+        """Ends an optimiser step: updates K, and lambda once it has begun, or the threshold. Nothing happens if nothing
+        was observed."""
         if not self._observed:
             return
-        kept, sequence_tokens = _mean_of(self._observed)
-        self._observed = []
+        kept, sequence_tokens, spread = _mean_of(self.take_observations())
 
         config = self.config
         rate = min(1.0, 2 / (1 + config.l1_every_steps // 2))
@@ -116,6 +114,10 @@ class BudgetController(nn.Module):
         self.num_kept.copy_(previous + rate * (kept - previous))
         self.steps.add_(1)
 
+        if self.threshold is not None and spread is not None:
+            off = (kept.clamp(min=_LEAST_KEPT) / budget_tokens).log().clamp(-_MOST_LOGARITHMS, _MOST_LOGARITHMS)
+            self.threshold.add_(THRESHOLD_RATE * spread * off)
+            return
         first_change = (config.l1_initial_steps // config.l1_every_steps + 1) * config.l1_every_steps
         changed = self._changed(self.steps == first_change, budget_tokens)
         self.l1_weight.copy_(torch.where(self.steps >= first_change, changed, self.l1_weight))
@@ -144,9 +146,9 @@ class BudgetController(nn.Module):
         }
 
 
-def _mean_of(observed: list[_Observation]) -> tuple[Tensor, Tensor]:
-    """Kept tokens [H] and scored tokens [] of a text, over micro-batches and processes."""
-    shares, tokens = zip(*observed, strict=True)
+def _mean_of(observed: list[_Observation]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Kept tokens [H], scored tokens [] of a text and the spread [H] of logits, over micro-batches and processes."""
+    shares, tokens, spreads = zip(*observed, strict=True)
     lengths = [n for n in tokens if isinstance(n, int)]
     if len(lengths) == len(tokens):
         length = shares[0].new_full((), float(max(lengths)))
@@ -155,10 +157,11 @@ def _mean_of(observed: list[_Observation]) -> tuple[Tensor, Tensor]:
         all_lengths = torch.stack([shares[0].new_full((), float(n)) if isinstance(n, int) else n for n in tokens])
         kept = (torch.stack(shares) * all_lengths[:, None]).mean(0)
         length = all_lengths.mean()
+    known = [spread for spread in spreads if spread is not None]
+    parts = [kept, length[None], *([torch.stack(known).mean(0)] if known else [])]
     if distributed.is_available() and distributed.is_initialized():
         # One reduction of one shape, whatever each process has seen.
-        both = torch.cat((kept, length[None]))
-        distributed.all_reduce(both)
-        both = both / distributed.get_world_size()
-        kept, length = both[:-1], both[-1]
-    return kept, length
+        together = torch.cat(parts)
+        distributed.all_reduce(together)
+        parts = list((together / distributed.get_world_size()).split([len(part) for part in parts]))
+    return parts[0], parts[1][0], parts[2] if known else None

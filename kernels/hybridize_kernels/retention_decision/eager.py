@@ -74,7 +74,7 @@ def document_of_tokens(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def counted_documents(lengths: Tensor, margin: int, longer_than: int) -> tuple[Tensor, Tensor, Tensor]:
     """lengths `[N]` -> which documents count `[N]`, 1 or 0, how many do, and the mean of their decided tokens; fp32."""
     long = lengths > longer_than
-    counts = torch.where(long.any(), long, True).float()
+    counts = torch.where(long.any(), long, lengths > 0).float()  # empty ones only fill up the bounds
     number = counts.sum()
     return counts, number, ((lengths - margin).clamp(min=0) * counts).sum() / number
 
