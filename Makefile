@@ -66,6 +66,8 @@ bench: $(VENV)/installed-dev  ## time the kernels beside their peers on this CUD
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/gated_delta_rule.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/native_sparse_attention.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation_loss.py
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/layer_ops.py
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation.py
 
 fuzz: $(VENV)/installed-dev  ## the property tests, with many more examples than `make test` gives them
 	$(TEST_ENV) HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -k "fuzz or property"

@@ -75,7 +75,9 @@ def test_of_the_kernels_what_is_frozen_gets_no_gradient(kernel_device):
         for kept in (slice(0, 1), slice(1, 6)):
             others = [x if n in range(6)[kept] else x.detach() for n, x in enumerate(leaves)]
             some = torch.autograd.grad(sum(x.square().sum() for x in delta_gates(*others)), leaves[kept])
-            assert all(torch.equal(x, y) for x, y in zip(some, everything[kept], strict=True))
+            # Another kernel is compiled for what is left to do: its sums may be rounded otherwise.
+            for actual, expected in zip(some, everything[kept], strict=True):
+                assert_close("gradient", actual, expected, GRADIENT[torch.float32])
 
 
 def test_each_gradient_has_the_dtype_of_its_input(kernel_device):

@@ -18,8 +18,7 @@ ROW = 16
 """Rows of logits begin at multiples of this many numbers, so that they are read 16 bytes at a time."""
 
 ENOUGH_TOKENS = 1024
-"""Below so many tokens a chunk's products with a large head run slower: it is given more memory for them, up to a limit.
-"""
+"""With fewer tokens a chunk's products with a large head run slower: it gets more memory for them, up to a limit."""
 
 ROUND_TOKENS = 128
 """Chunks are multiples of a matrix product's tile where they hold as much."""

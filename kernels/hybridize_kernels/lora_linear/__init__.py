@@ -17,8 +17,8 @@ def lora_linear(
 ) -> tuple[Tensor, ...]:
     """y_i = x (W_i + s_i · up_i down_i)ᵀ + b_i, for projections that share their input, as q, k and v do.
 
-    The adapted weight W + s · up down exists in x's dtype for the length of a product, in the backward pass again: an
-    adapter costs no product with the tokens in the forward pass, and what is computed is what a merged export computes.
+    But on a CPU the adapted weight W + s · up down is made in x's dtype first: an adapter costs no product with the
+    tokens in the forward pass, and what is computed is what a merged export computes.
 
     Args:
         x: `[..., in]`.

@@ -38,7 +38,7 @@ class LoraProjection(NamedTuple):
 
 
 Adapt = Callable[[LoraProjection, torch.dtype], Tensor]
-"""The adapted weight `[out, in]` of a projection in a dtype."""
+"""The adapted weight `[out, in]` of a projection in a dtype. On a CPU it costs more than products with the adapter."""
 
 
 def adapted(projection: LoraProjection, dtype: torch.dtype) -> Tensor:
@@ -50,14 +50,15 @@ def adapted(projection: LoraProjection, dtype: torch.dtype) -> Tensor:
 
 
 def lora_linear(
-    x: Tensor, projections: Sequence[LoraProjection], *, residual: Tensor | None = None, adapt: Adapt = adapted
+    x: Tensor, projections: Sequence[LoraProjection], *, residual: Tensor | None = None, adapt: Adapt | None = None
 ) -> tuple[Tensor, ...]:
     """y_i = x (W_i + s_i · up_i down_i)ᵀ + b_i. x `[..., in]`, residual `[..., out]` -> `[..., out_i]` each."""
+    adapt = adapted if adapt is None and x.device.type != "cpu" else adapt
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not torch.is_grad_enabled():
         with torch.autocast(x.device.type, enabled=False):
-            return tuple(product(x, p, adapt(p, x.dtype), residual) for p in projections)
+            return tuple(_output(x, p, None if adapt is None else adapt(p, x.dtype), residual) for p in projections)
     scales = tuple(projection.scale for projection in projections)
     tensors = [tensor for projection in projections for tensor in projection[:4]]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, residual, scales, adapt, *tensors)
@@ -71,6 +72,17 @@ def product(x: Tensor, projection: LoraProjection, weight: Tensor, residual: Ten
         y = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.T).view(residual.shape)
         return y if bias is None else y.add_(bias)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _output(x: Tensor, projection: LoraProjection, weight: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The product with the adapted weight or, without one, those with the weight and with its adapter."""
+    if weight is not None:
+        return product(x, projection, weight, residual)
+    y = product(x, projection, projection.weight.to(x.dtype), residual)
+    _, _, down, up, scale = projection
+    if down is not None and up is not None:
+        y.flatten(0, -2).addmm_(x.flatten(0, -2) @ down.to(x.dtype).T, up.to(x.dtype).T, alpha=scale)
+    return y
 
 
 def is_kept(weight: Tensor, tokens: int) -> bool:
@@ -98,16 +110,17 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         residual: Tensor | None,
         scales: tuple[float, ...],
-        adapt: Adapt,
+        adapt: Adapt | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs, kept = [], []
         tokens = x.numel() // max(x.shape[-1], 1)
         with torch.autocast(x.device.type, enabled=False):
             for projection, _ in restored(tensors, scales, ()):
-                weight = adapt(projection, x.dtype)
-                outputs.append(product(x, projection, weight, residual))
-                kept.append(weight if ctx.needs_input_grad[0] and is_kept(weight, tokens) else None)
+                weight = None if adapt is None else adapt(projection, x.dtype)
+                outputs.append(_output(x, projection, weight, residual))
+                keep = weight is not None and ctx.needs_input_grad[0] and is_kept(weight, tokens)
+                kept.append(weight if keep else None)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, *kept, *tensors)
         ctx.scales, ctx.adapt, ctx.shape, ctx.dtype = scales, adapt, x.shape, x.dtype
         return tuple(outputs)
@@ -124,11 +137,22 @@ class _LoraLinear(torch.autograd.Function):
         for kept, d_output, (projection, wanted) in zip(others[:count], gradients, projections, strict=True):
             d_y = d_output.flatten(0, -2)
             if ctx.needs_input_grad[0]:
-                weight = ctx.adapt(projection, ctx.dtype) if kept is None else kept
-                d_x = d_y @ weight if d_x is None else d_x.addmm_(d_y, weight)
+                d_x = _add_input_gradient(d_x, d_y, projection, kept, ctx)
             d_tensors += parameter_gradients(rows, d_y, projection, wanted)
         d_residual = gradients[0] if ctx.needs_input_grad[1] else None
         return (None if d_x is None else d_x.view(ctx.shape), d_residual, None, None, *d_tensors)
+
+
+def _add_input_gradient(
+    d_x: Tensor | None, d_y: Tensor, projection: LoraProjection, kept: Tensor | None, ctx: Any
+) -> Tensor:
+    """What a projection adds to the gradient of x, in place where there is one."""
+    weight, _, down, up, scale = projection
+    weight = weight.to(ctx.dtype) if ctx.adapt is None else ctx.adapt(projection, ctx.dtype) if kept is None else kept
+    d_x = d_y @ weight if d_x is None else d_x.addmm_(d_y, weight)
+    if ctx.adapt is None and down is not None and up is not None:
+        d_x.addmm_(d_y @ up.to(ctx.dtype), down.to(ctx.dtype), alpha=scale)
+    return d_x
 
 
 def parameter_gradients(

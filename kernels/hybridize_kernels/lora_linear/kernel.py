@@ -1,4 +1,4 @@
-"""The adapted weight in Triton: W + s · up down from parts of any dtypes, in one launch and one pass over the weight."""
+"""The adapted weight in Triton: W + s · up down from parts of any dtypes, in one pass over the weight."""
 
 from __future__ import annotations
 
