@@ -154,6 +154,22 @@ def test_the_export_is_on_the_bill_without_distillation_too(tmp_path: Path) -> N
     assert bill.disk_bytes == bill.checkpoint_bytes + 4 * (bill.teacher_parameters + bill.new_parameters)
 
 
+def test_disk_holds_what_the_teacher_says_if_it_is_stored(tmp_path: Path) -> None:
+    model = config_folder(tmp_path / "model")
+    align = {"name": "a", "kind": "align", "steps": 6, "passes": 3}
+    distill = {"name": "d", "kind": "distill", "steps": 5, "batch_sequences": 2, "sequence_tokens": 64}
+    data = {"train": ["x.txt"], "sequence_tokens": 32}
+
+    def disk_bytes(**cache: Any) -> int:
+        return make(model, "G F", data=data, distill={"stages": [align, distill], **cache}).bill.disk_bytes
+
+    cached = disk_bytes(teacher_cache={"top_k": 8})
+    assert cached - disk_bytes() == 5 * 2 * 64 * (4 * 8 + 4)
+    plan = make(model, "G F")
+    inputs = 2 * 32 * len(plan.converted) * plan.geometry.hidden_size * 2
+    assert disk_bytes(teacher_cache={"top_k": 8, "layer_inputs": True}) - cached == inputs
+
+
 def test_teacher_windows_count_in_the_bill(tmp_path: Path) -> None:
     folder = config_folder(tmp_path, "mistral", sliding_window=1024, tie_word_embeddings=False)
     made = make(folder, "F F F G")

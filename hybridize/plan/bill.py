@@ -10,13 +10,15 @@ from typing import Any
 from hybridize.families import AttentionGeometry, FamilyAdapter
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
-from hybridize.recipe.schema import Recipe
+from hybridize.recipe.schema import Data, Recipe, Stage
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATE_ELEMENT_BYTES = 2
 """State bytes are stated for bfloat16 keys and values."""
 _TRAINED_BYTES = 4 + 4 + 4
 """A trained parameter in a run checkpoint: its value and two Adam moments, all float32."""
+_SMALL_VOCABULARY = 2**16
+"""Of so many tokens the ids in a teacher cache take two bytes each, of more four."""
 _PROGRAM_BYTES = 450 * 2**20
 """What Python, torch and transformers take before any weight is loaded (measured: 400 MiB)."""
 
@@ -30,7 +32,7 @@ class Bill:
         new_parameters: that the mixers add.
         trained_parameters: in the largest stage: new, projections trained in full, and adapters.
         checkpoint_bytes: the converted folder's weights.
-        disk_bytes: everything a whole run writes: converted folder, run checkpoints, export.
+        disk_bytes: everything a whole run writes: converted folder, run checkpoints, teacher cache, export.
         convert_memory_bytes: host memory at the peak of `convert`.
         train_tokens: tokens of all stages, on one process.
         state_bytes: decoding state of one sequence by context length, of student and teacher.
@@ -85,6 +87,7 @@ def make_bill(
     if recipe.distill is not None:
         # One more than is kept: the newest is whole before the oldest goes.
         run_bytes = trained * _TRAINED_BYTES * (recipe.distill.keep_checkpoints + 1) + trained * 4
+        run_bytes += _cache_bytes(recipe, geometry, sum(config.name != "full_attention" for config in layers))
     return Bill(
         teacher_parameters=teacher,
         new_parameters=new,
@@ -130,13 +133,31 @@ def _trained_teacher_parameters(
     return total
 
 
+def _cache_bytes(recipe: Recipe, geometry: AttentionGeometry, num_converted: int) -> int:
+    """Of a teacher cache, if nothing is in it yet and no text comes twice."""
+    if recipe.distill is None or recipe.data is None or recipe.distill.teacher_cache is None:
+        return 0
+    cache, total = recipe.distill.teacher_cache, 0
+    top_k = min(cache.top_k, geometry.vocab_size)
+    id_bytes = 2 if geometry.vocab_size <= _SMALL_VOCABULARY else 4
+    for stage in recipe.distill.stages:
+        tokens = _stage_tokens(stage, recipe.data)
+        if stage.kind != "align":
+            total += tokens * ((id_bytes + 2) * top_k + 4)
+        elif cache.layer_inputs:
+            total += tokens // stage.passes * num_converted * geometry.hidden_size * STATE_ELEMENT_BYTES
+    return total
+
+
 def _train_tokens(recipe: Recipe) -> int:
     if recipe.distill is None or recipe.data is None:
         return 0
-    return sum(
-        stage.steps * stage.batch_sequences * stage.accumulate * (stage.sequence_tokens or recipe.data.sequence_tokens)
-        for stage in recipe.distill.stages
-    )
+    return sum(_stage_tokens(stage, recipe.data) for stage in recipe.distill.stages)
+
+
+def _stage_tokens(stage: Stage, data: Data) -> int:
+    length = stage.sequence_tokens or data.sequence_tokens
+    return stage.steps * stage.batch_sequences * stage.accumulate * length
 
 
 def state_bytes(layers: Sequence[MixerConfig], geometry: AttentionGeometry, context: int) -> dict[str, int]:
