@@ -97,7 +97,7 @@ def wrap(model: Any, lora: Lora | None, *, frozen_dtype: torch.dtype) -> Student
     return Student(peft, model, tuple(found), groups, buffers)
 
 
-def found_again(student: Student) -> Student:
+def with_present_tensors(student: Student) -> Student:
     """The student with the tensors that its modules hold by now: moving replaces buffers, sharding parameters."""
     return replace(student, groups=_groups(student.peft), buffers=_controller_buffers(student.peft))
 

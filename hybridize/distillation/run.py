@@ -15,9 +15,9 @@ from hybridize.distillation.data import PackedSequences
 from hybridize.distillation.lora import (
     Student,
     adapter_tensors,
-    found_again,
     save_adapter,
     share_frozen_weights,
+    with_present_tensors,
     wrap,
 )
 from hybridize.distillation.metrics import MetricsFile
@@ -204,7 +204,7 @@ def prepare_pair(
         share_frozen_weights(student, teacher.model)
     for model in (student.peft, teacher.model):  # tensors that are shared move once
         model.to(device)
-    student = found_again(student)
+    student = with_present_tensors(student)
     for model in (student.model, teacher.model):
         use_packed_attention(model)
         training_form.enter(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hybridize.errors import RecipeError
 from hybridize.recipe.schema import Data, Ramp, Stage
 
 RAMP_STAIRS = 32
@@ -29,10 +28,7 @@ def batch_shape(stage: Stage, data: Data, step: int) -> Shape:
     tokens = stage.sequence_tokens or data.sequence_tokens
     if stage.curriculum is None:
         return Shape(stage.batch_sequences, tokens)
-    doublings = max(tokens // stage.curriculum.start_tokens, 1).bit_length() - 1
-    if stage.curriculum.start_tokens << doublings != tokens:
-        what = f"{stage.curriculum.start_tokens} tokens do not become {tokens} by doubling."
-        raise RecipeError(what, where=f"stage {stage.name}", hint=f"Begin with {tokens >> doublings}, for example.")
+    doublings = stage.curriculum.doublings(tokens, stage.name)
     lengths_left = doublings - min(int(step / (stage.curriculum.end * stage.steps) * doublings), doublings)
     return Shape(stage.batch_sequences << lengths_left, tokens >> lengths_left)
 

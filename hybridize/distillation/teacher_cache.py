@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridize.distillation.attention_from_inputs import attention_from_inputs
 from hybridize.distillation.cache_store import CacheStore
 from hybridize.distillation.data import Batch
-from hybridize.distillation.replay import replay_attention
 from hybridize.distillation.teacher import AttentionTrace, Teacher
 from hybridize.distillation.top_k import TOP_K_NAMES, Rows, TopK, decode_top_k, encode_top_k
 from hybridize.progress import SILENT, Reporter
@@ -117,7 +117,7 @@ class CachedTeacher:
                 fresh[str(index)] = trace.hidden_states.reshape(*part.tokens.shape, -1)[rows]
             self._keep(LAYER_INPUTS, missing, fresh)
         inputs = {int(name): self._assemble(rows, keys, missing, fresh.get(name)) for name, rows in stored.items()}
-        return replay_attention(self.teacher.model, batch, inputs)
+        return attention_from_inputs(self.teacher.model, batch, inputs)
 
     def flush(self) -> None:
         """Writes all that was computed; called before a checkpoint that relies on it.

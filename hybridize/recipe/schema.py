@@ -190,6 +190,19 @@ class Curriculum:
         _require(self.start_tokens >= 2, "start_tokens", f"must be at least 2, is {self.start_tokens}.")
         _require(0 < self.end <= 1, "end", f"must be in 0..1, is {self.end}.")
 
+    def doublings(self, tokens: int, stage: str) -> int:
+        """How often `start_tokens` doubles until it is the stage's length.
+
+        Raises:
+            RecipeError: it never is.
+        """
+        most = max(tokens // self.start_tokens, 1).bit_length() - 1
+        if self.start_tokens << most == tokens:
+            return most
+        example = tokens >> min(most, (tokens & -tokens).bit_length() - 1)
+        what = f"The curriculum of stage {stage}: {self.start_tokens} tokens do not become {tokens} by doubling."
+        raise RecipeError(what, where=f"stage {stage}", hint=f"Begin with {example}, for example.")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -370,3 +383,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _require(self.version == 1, "version", f"this hybridize reads version 1 recipes, not {self.version}.")
         _require(bool(self.model.strip()), "model", "is empty.")
+        if self.distill is None or self.data is None:
+            return
+        for stage in self.distill.stages:
+            if stage.curriculum is not None:  # a fault in it would else be found when the stage begins
+                stage.curriculum.doublings(stage.sequence_tokens or self.data.sequence_tokens, stage.name)

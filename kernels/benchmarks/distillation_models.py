@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from hybridize.distillation.processes import Processes
 from hybridize.distillation.run import prepare_pair
 from hybridize.distillation.run_state import RunState
 from hybridize.distillation.signals import StopRequest
-from hybridize.distillation.teacher import Teacher
+from hybridize.distillation.teacher import AttentionTrace, Teacher
 from hybridize.distillation.top_k import TopK
 from hybridize.distillation.trainer import Trainer
 from hybridize.mixers.registry import config_class
@@ -92,10 +92,11 @@ class RandomSequences:
 
 
 class StoredTeacher:
-    """A teacher whose answers are at hand: what a step costs when a cache gives them."""
+    """A teacher whose next tokens are at hand: what a step costs when a cache gives them."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        self.vocabulary: int = teacher.model.config.vocab_size
 
     def targets(self, batch: Batch) -> TopK:
         shape, device = (*batch.tokens.shape, TOP_K), batch.tokens.device
@@ -104,8 +105,8 @@ class StoredTeacher:
         ratios = torch.linspace(0.0, -8.0, TOP_K, device=device).log_softmax(-1) - 0.05
         return TopK(ids, ratios.expand(shape).contiguous())
 
-    def trace(self, batch: Batch, layers: Any) -> dict[int, Any]:
-        raise NotImplementedError
+    def trace(self, batch: Batch, layers: Iterable[int]) -> dict[int, AttentionTrace]:
+        return self.teacher.trace(batch, layers)
 
 
 class _Unsaved(RunState):
@@ -163,7 +164,7 @@ def distillation(case: Case, *, live: bool = True, kind: str = "distill", passes
             distill,
             Data((TextSource("random"),)),
             student,
-            teacher if live else StoredTeacher(vocabulary),
+            teacher if live else StoredTeacher(teacher),
             RandomSequences(vocabulary),  # type: ignore[arg-type]
             _Unsaved(folder, 1),
             metrics,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from hybridize.distillation.schedule import Shape, batch_shape, learning_rates, ramp_progress
 from hybridize.errors import RecipeError
-from hybridize.recipe.schema import Curriculum, Data, Ramp, Stage, TextSource
+from hybridize.recipe.schema import Curriculum, Data, Distill, LayerPlan, Ramp, Recipe, Stage, TextSource
 
 DATA = Data(train=(TextSource("x.txt"),), sequence_tokens=64)
 
@@ -44,6 +45,13 @@ def test_lengths_that_do_not_double_are_refused(start: int, example: int) -> Non
     assert caught.value.where == "stage d"
     assert caught.value.hint is not None
     assert caught.value.hint == f"Begin with {example}, for example."
+
+
+def test_the_example_doubles_to_the_length_and_a_recipe_is_refused_before_it_is_run() -> None:
+    made = stage(curriculum=Curriculum(start_tokens=10))
+    with pytest.raises(RecipeError, match="10 tokens do not become 100 by doubling") as caught:
+        Recipe("m", LayerPlan("G"), data=replace(DATA, sequence_tokens=100), distill=Distill((made,)))
+    assert caught.value.hint == "Begin with 25, for example."
 
 
 def test_rates_warm_up_and_fall_along_a_cosine() -> None:

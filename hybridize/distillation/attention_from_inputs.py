@@ -17,7 +17,7 @@ _BUILDS_MASKS = ("eager", "sdpa")
 
 
 @torch.no_grad()
-def replay_attention(model: Any, batch: Batch, inputs: Mapping[int, Tensor]) -> dict[int, AttentionTrace]:
+def attention_from_inputs(model: Any, batch: Batch, inputs: Mapping[int, Tensor]) -> dict[int, AttentionTrace]:
     """What `Teacher.trace` gives, from the inputs of the layers.
 
     Args:
