@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from hybridize.checkpoint import save_tensors
-from hybridize.distillation.sharding import is_sharded
 from hybridize.errors import RecipeError
 from hybridize.mixers.base import NEW_PARAMETERS, Mixer
 from hybridize.model.swap import mixers
@@ -118,7 +117,7 @@ def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
     for module_name, module in teacher.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             other = frozen.get(f"{module_name}.{name}" if module_name else name)
-            if other is None or is_sharded(other) or other.data_ptr() == parameter.data_ptr():
+            if other is None or other.data_ptr() == parameter.data_ptr():
                 continue
             alike = (other.dtype, other.shape, other.device) == (parameter.dtype, parameter.shape, parameter.device)
             if id(parameter) not in shared and alike and torch.equal(other.data, parameter.data):

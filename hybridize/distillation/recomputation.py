@@ -3,6 +3,10 @@
 Nothing is guessed: before a stage begins, short micro-batches go forward and backward, and the memory that they take
 gives a line over their tokens; where the stage's own micro-batch would not fit, a second line, with every layer
 computed again, tells what a layer saves. Weights, gradients, random states and controllers are left as they were.
+
+Processes whose weights are sharded go through every pass together: one that ran out of memory would leave the others
+waiting. So they grow their micro-batches only as far as the line through the smaller ones says that these fit, and what
+they have room for first is weights that stay gathered from the forward to the backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from hybridize.distillation.lora import Student
 from hybridize.distillation.memory import GpuMeter, Meter
 from hybridize.distillation.processes import Processes
 from hybridize.distillation.schedule import Shape, batch_shape
+from hybridize.distillation.sharding import gathered_bytes, keep_gathered, own_part
 from hybridize.distillation.stages import Step
 from hybridize.model.training_form import checkpointed
 from hybridize.progress import Reporter
@@ -26,6 +31,8 @@ from hybridize.recipe.schema import Data, Stage
 
 PROBE_TOKENS = 1024
 """Of the shorter probe; the longer one has twice as many."""
+SMALLEST_PROBE_TOKENS = 256
+"""Of the first probe of processes that are sharded; it has to fit."""
 MARGIN = 0.08
 """Share of the memory that stays free: for what fragments, and for what a step holds beside a micro-batch."""
 _DOCUMENT_TOKENS = 512
@@ -58,19 +65,22 @@ class Decision:
         layers: their indices.
         need_bytes: of a step in which none is. capacity_bytes: what a step may take, the margin left out.
         fits: whether the step fits this way, as far as was measured.
+        keeps_gathered: whether there is room for sharded weights to stay gathered until the backward pass.
     """
 
     layers: tuple[int, ...]
     need_bytes: float
     capacity_bytes: float
     fits: bool
+    keeps_gathered: bool = False
 
     def sentence(self, stage: Stage, num_layers: int) -> str:
         """For people."""
         need = f"{self.need_bytes / 2**30:,.1f} GiB" if math.isfinite(self.need_bytes) else "more than there is"
         text = f"{stage.name}: a step needs {need} of {self.capacity_bytes / 2**30:,.1f} GiB; "
         if not self.layers:
-            return text + "no layer is computed again."
+            gathered = ", and weights stay gathered until the backward pass." if self.keeps_gathered else "."
+            return text + "no layer is computed again" + gathered
         text += f"{len(self.layers)} of {num_layers} layers are computed again in the backward pass"
         return text + ("." if self.fits else ", and even so it may not fit: fewer batch_sequences, more accumulate.")
 
@@ -107,10 +117,20 @@ def probe_shapes(largest: Shape) -> tuple[Shape, ...]:
     return Shape(1, tokens), Shape(1, 2 * tokens) if largest.tokens >= 2 * tokens else Shape(2, tokens)
 
 
+def growing_shapes(largest: Shape) -> tuple[Shape, ...]:
+    """Micro-batches from a very short one to those of `probe_shapes`, each about twice as large as the one before."""
+    total, tokens = _tokens(largest), SMALLEST_PROBE_TOKENS
+    shapes = []
+    while tokens <= 2 * PROBE_TOKENS and tokens < total:
+        shapes.append(Shape(max(tokens // largest.tokens, 1), min(tokens, largest.tokens)))
+        tokens *= 2
+    return (*shapes, largest) if total <= 2 * PROBE_TOKENS else tuple(shapes)
+
+
 def largest_shape(stage: Stage, data: Data) -> Shape:
     """The stage's micro-batch with the most tokens, in the longest sequences."""
     shapes = {batch_shape(stage, data, step) for step in range(stage.steps)}
-    return max(shapes, key=lambda shape: (shape.sequences * shape.tokens, shape.tokens))
+    return max(shapes, key=lambda shape: (_tokens(shape), shape.tokens))
 
 
 class Probe:
@@ -120,10 +140,14 @@ class Probe:
         step: of the stage, with its parameters unfrozen. Its teacher must not keep what it is asked.
         meter: of the device's memory.
         data: whether documents have bounds.
+        sharded: all processes go through every pass together, and none may run out of memory.
     """
 
-    def __init__(self, step: Step, student: Student, meter: Meter, data: Data, device: torch.device) -> None:
+    def __init__(
+        self, step: Step, student: Student, meter: Meter, data: Data, device: torch.device, *, sharded: bool = False
+    ) -> None:
         self.step, self.student, self.meter, self.data, self.device = step, student, meter, data, device
+        self.sharded = sharded
 
     def decide(self, largest: Shape, agree: Callable[[int], int]) -> Decision:
         """Which layers have to be computed again for micro-batches of this shape.
@@ -133,19 +157,31 @@ class Probe:
         """
         num_layers = self.student.model.config.num_hidden_layers
         capacity = self.meter.capacity_bytes() * (1 - MARGIN)
-        optimizer_bytes = _ADAM_BYTES * sum(_local_size(p) for group in self.step.clip_groups() for p in group)
-        tokens, shapes = largest.sequences * largest.tokens, probe_shapes(largest)
-        without = self._line(shapes, ()).at(tokens) + optimizer_bytes
-        if agree(int(without > capacity)) == 0:  # all processes measure again, or none
-            return Decision((), without, capacity, fits=True)
-        with_all = self._line(shapes, range(num_layers)).at(tokens) + optimizer_bytes
+
+        def fits_all(number_of_bytes: float) -> bool:
+            return agree(int(number_of_bytes > capacity)) == 0  # all processes go on in the same way
+
+        optimizer_bytes = _ADAM_BYTES * sum(own_part(p).numel() for group in self.step.clip_groups() for p in group)
+        tokens = _tokens(largest)
+        without = self._line(largest, (), fits_all).at(tokens) + optimizer_bytes
+        if fits_all(without):
+            keeps_gathered = self.sharded and fits_all(without + gathered_bytes(self.student.model))
+            return Decision((), without, capacity, fits=True, keeps_gathered=keeps_gathered)
+        with_all = self._line(largest, range(num_layers), fits_all).at(tokens) + optimizer_bytes
         count = agree(layers_needed(without, with_all, capacity, num_layers))
         fits = count < num_layers or with_all <= capacity
         return Decision(spread(count, num_layers), without, capacity, fits)
 
-    def _line(self, shapes: Sequence[Shape], recomputed: Sequence[int]) -> Line:
+    def _line(self, largest: Shape, recomputed: Sequence[int], fits_all: Callable[[float], bool]) -> Line:
         checkpointed(self.student.model, recomputed)
-        return Line.through([(shape.sequences * shape.tokens, self._bytes(shape)) for shape in shapes])
+        if not self.sharded:
+            return Line.through([(_tokens(shape), self._bytes(shape)) for shape in probe_shapes(largest)])
+        points: list[tuple[int, float]] = []
+        for shape in growing_shapes(largest):
+            if len(points) > 1 and not fits_all(Line.through(points[-2:]).at(_tokens(shape))):
+                break
+            points.append((_tokens(shape), self._bytes(shape)))
+        return Line.through(points[-2:])
 
     def _bytes(self, shape: Shape) -> float:
         """The peak of the second of two micro-batches: it meets the first one's gradients, and kernels at work."""
@@ -158,7 +194,9 @@ class Probe:
                     self.step.backward(self.step.prepare(batch), 0.5, measure=True)
                 peak = self.meter.peak_bytes()
             except torch.OutOfMemoryError:
-                pass  # the answer
+                if self.sharded:
+                    raise
+                # Else it is the answer.
         return peak
 
 
@@ -211,32 +249,39 @@ def observed_once(student: Student) -> Iterator[None]:
         mixer.give_observations([*observations, *mixer.take_observations()[:1]])
 
 
-def layers_by_need(
+def apply_need(
     stage: Stage, data: Data, student: Student, step: Step, processes: Processes, reporter: Reporter
-) -> tuple[int, ...]:
-    """The layers that a stage computes again so that its largest micro-batch fits, the same in all processes.
+) -> None:
+    """Computes as many layers again in a stage as its largest micro-batch needs to fit, the same in all processes.
+
+    Where weights are sharded and memory is left, they stay gathered from the forward to the backward pass.
 
     Args:
         step: as for `Probe`.
         reporter: is told what was decided; of the processes, only the first one says it.
     """
     if processes.device.type != "cuda":  # a CPU's memory has swap behind it and others in it: no step has to fit
-        return ()
+        checkpointed(student.model, ())
+        return
     meter = GpuMeter(processes.device)
     num_layers = student.model.config.num_hidden_layers
+    sharding = processes.sharding
+    if sharding is not None:
+        keep_gathered(student.model, not sharding.reshard_after_forward)
 
     def agree(number: int) -> int:
         votes = torch.zeros(num_layers + 1, device=processes.device)
         votes[number] = 1
         return int(processes.sum(votes).nonzero().max())
 
-    decision = Probe(step, student, meter, data, processes.device).decide(largest_shape(stage, data), agree)
+    probe = Probe(step, student, meter, data, processes.device, sharded=sharding is not None)
+    decision = probe.decide(largest_shape(stage, data), agree)
+    checkpointed(student.model, decision.layers)
+    if decision.keeps_gathered:
+        keep_gathered(student.model, True)
     if processes.is_first:
         reporter.note(decision.sentence(stage, num_layers))
-    return decision.layers
 
 
-def _local_size(parameter: torch.nn.Parameter) -> int:
-    """Elements that this process holds of a parameter, which may be sharded."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return local.numel()
+def _tokens(shape: Shape) -> int:
+    return shape.sequences * shape.tokens

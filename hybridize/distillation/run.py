@@ -24,7 +24,7 @@ from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.processes import Processes, fit_processes, losses_told, start_processes
 from hybridize.distillation.run_state import RunState
 from hybridize.distillation.settings import begin_or_compare, pinned_data, recorded_processes, run_settings
-from hybridize.distillation.sharding import Sharding, gather
+from hybridize.distillation.sharding import Sharding, gather, keep_gathered
 from hybridize.distillation.signals import StopRequest, stop_requests
 from hybridize.distillation.stages import TeacherAnswers
 from hybridize.distillation.teacher import Teacher
@@ -194,14 +194,14 @@ def prepare_pair(
 ) -> tuple[Student, Teacher]:
     """Puts a student and its teacher on the device, what they have in common once, and into the training form.
 
-    sharding: how they are spread over the processes; None: each has both whole. Then they may share what stays whole.
+    sharding: how they are spread over the processes; None: each has both whole.
     """
-    if sharding is not None:
-        for model in (student.model, teacher.model):
-            sharding.shard(model)
-        teacher.stops_early = False  # FSDP tidies up at the end of every forward pass
     if share:
         share_frozen_weights(student, teacher.model)
+    if sharding is not None:
+        sharding.shard(student.model, teacher.model)
+        keep_gathered(student.model, not sharding.reshard_after_forward)
+        teacher.stops_early = False  # FSDP tidies up at the end of every forward pass
     for model in (student.peft, teacher.model):  # tensors that are shared move once
         model.to(device)
     student = with_present_tensors(student)

@@ -16,15 +16,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hybridize.errors import UsageError
@@ -36,37 +37,58 @@ FORWARD_METHODS = ("align_targets", "align_loss")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is spread over all processes of the run.
+    """How models are spread over all processes of the run.
 
     Attributes:
         device_type: of the processes' devices.
-        reshard_after_forward: gather the weights of a unit again in the backward pass instead of keeping them.
+        reshard_after_forward: weights may be freed after the forward pass and gathered again in the backward pass.
     """
 
     device_type: str
     reshard_after_forward: bool = True
 
     @torch.no_grad()
-    def shard(self, model: Any) -> None:
-        """Spreads a causal language model, mixers and adapters included, in place.
+    def shard(self, *models: Any) -> None:
+        """Spreads causal language models of equal depth in place, mixers and adapters included.
 
-        Its parameters are replaced by DTensors on the device, one unit at a time. They must be equal in all processes.
+        Their parameters are replaced by DTensors on the device, one layer at a time. They must be equal in all
+        processes. A parameter that several of the models hold, as a student and its teacher, stays theirs in common.
         """
-        inner = model.model
-        adapter = family(model.config.model_type)
-        layers = list(adapter.layers(inner))
-        units = [unit for layer in layers for unit in (adapter.attention(layer), layer)]
-        whole = _parameters_to_keep_whole(inner, [adapter.attention(layer) for layer in layers], layers)
         mesh = init_device_mesh(self.device_type, (distributed.get_world_size(),))
-        for unit in units:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=self.reshard_after_forward, ignored_params=whole)
-            for name in FORWARD_METHODS:
-                if hasattr(unit, name):
-                    register_fsdp_forward_method(unit, name)
-        fully_shard(inner, mesh=mesh, ignored_params=whole)
-        _settle(inner)
+        all_layers, whole = [], set()
+        for model in models:
+            _drop_originals(model)
+            adapter = family(model.config.model_type)
+            all_layers.append([(adapter.attention(layer), layer) for layer in adapter.layers(model.model)])
+            whole |= _parameters_to_keep_whole(model.model, all_layers[-1])
+        for alike in zip(*all_layers, strict=True):
+            in_common: dict[nn.Parameter, nn.Parameter] = {}  # holds on to what was whole for one layer's time
+            for unit in (unit for units in alike for unit in units):
+                self._shard_unit(unit, mesh, whole, in_common)
+        for model in models:
+            fully_shard(model.model, mesh=mesh, ignored_params=whole)
+            _settle(model.model)
         # The ops return views here and there, and nothing is ever added to one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+    def _shard_unit(
+        self, unit: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter], in_common: dict[nn.Parameter, nn.Parameter]
+    ) -> None:
+        holders = [
+            (module, name, parameter)
+            for module in unit.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter not in whole and not is_sharded(parameter)
+        ]
+        fully_shard(unit, mesh=mesh, ignored_params=whole)
+        for name in FORWARD_METHODS:
+            if hasattr(unit, name):
+                register_fsdp_forward_method(unit, name)
+        for module, name, parameter in holders:
+            sharded = in_common.setdefault(parameter, getattr(module, name))
+            # FSDP looks at what a module holds before it first runs. Parts of uneven size it would copy to pad them.
+            if sharded is not getattr(module, name) and parameter.size(0) % mesh.size() == 0:
+                setattr(module, name, sharded)
 
 
 def requested_sharding(accelerator: Any) -> Sharding | None:
@@ -90,11 +112,17 @@ def requested_sharding(accelerator: Any) -> Sharding | None:
     return Sharding(accelerator.device.type, bool(plugin.reshard_after_forward))
 
 
-def _parameters_to_keep_whole(
-    inner: nn.Module, attentions: list[nn.Module], layers: list[nn.Module]
-) -> set[nn.Parameter]:
-    holders = Counter(parameter for attention in attentions for parameter in set(attention.parameters()))
-    in_layers = {parameter for layer in layers for parameter in layer.parameters()}
+def _drop_originals(model: nn.Module) -> None:
+    """Removes what PEFT keeps of modules that are trained in full: it would be gathered with them and never read."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.original_module = nn.Identity()
+
+
+def _parameters_to_keep_whole(inner: nn.Module, units: Sequence[tuple[nn.Module, nn.Module]]) -> set[nn.Parameter]:
+    """units: attention and the layer around it, for each layer."""
+    holders = Counter(parameter for attention, _ in units for parameter in set(attention.parameters()))
+    in_layers = {parameter for _, layer in units for parameter in layer.parameters()}
     outside = {parameter for parameter in inner.parameters() if parameter not in in_layers}
     scalars = {parameter for parameter in in_layers if parameter.dim() == 0}  # FSDP has none
     return outside | scalars | {parameter for parameter, count in holders.items() if count > 1}
@@ -110,6 +138,19 @@ def _settle(root: Any) -> None:
     register_fsdp_forward_method(root, "settle")
     root.settle(0)
     del root.settle
+
+
+def keep_gathered(model: Any, wanted: bool) -> None:
+    """Lets a sharded model keep what it gathered in the forward pass for the backward pass, or gather it again."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_reshard_after_forward(not wanted, recurse=False)
+
+
+def gathered_bytes(model: Any) -> int:
+    """What a process holds more while everything is gathered that is sharded."""
+    missing = ((parameter, parameter.numel() - own_part(parameter).numel()) for parameter in model.parameters())
+    return sum(count * parameter.element_size() for parameter, count in missing)
 
 
 # Parts and wholes.

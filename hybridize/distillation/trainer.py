@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from hybridize.distillation.log import StepLog, StepNote, mixer_numbers
 from hybridize.distillation.lora import Student
 from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.processes import Processes
-from hybridize.distillation.recomputation import layers_by_need, observed_once
+from hybridize.distillation.recomputation import apply_need, observed_once
 from hybridize.distillation.recorded import recorded
 from hybridize.distillation.run_state import (
     Progress,
@@ -260,17 +260,14 @@ class Trainer:
 
     def _set_gradient_checkpointing(self, stage: Stage) -> None:
         wanted = self.distill.gradient_checkpointing
-        layers: Iterable[int] = ()
-        if self.processes.sharding is not None and wanted == "auto":
-            wanted = True  # a probe that fails in one process would leave the others waiting in FSDP's messages
-        if stage.kind != "align" and wanted == "auto":
+        if wanted == "auto" and stage.kind != "align":
             # By the teacher itself: what is asked here is not worth storing.
             teacher = self.teacher.teacher if isinstance(self.teacher, CachedTeacher) else self.teacher
             step = make_step(stage, self.student, teacher, self._autocast())
-            layers = layers_by_need(stage, self.data, self.student, step, self.processes, self.reporter)
-        elif stage.kind != "align" and wanted:
-            layers = range(self.student.model.config.num_hidden_layers)
-        checkpointed(self.student.model, layers)
+            apply_need(stage, self.data, self.student, step, self.processes, self.reporter)
+            return
+        again = wanted is True and stage.kind != "align"
+        checkpointed(self.student.model, range(self.student.model.config.num_hidden_layers) if again else ())
 
     def _autocast(self) -> Any:
         device = self.processes.device.type

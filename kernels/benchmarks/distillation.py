@@ -45,6 +45,22 @@ def sections() -> dict[str, list[tuple[str, Case, Measure]]]:
     }
 
 
+def device_row() -> dict[str, Any]:
+    """What every file of rows begins with: the GPU and the versions."""
+    versions = {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+    }
+    device = torch.cuda.get_device_name()
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "versions": versions}
+
+
+def results_file(folder: Path, name: str) -> Path:
+    """The file of rows of a benchmark on this GPU."""
+    return folder / f"{name}-{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower())}.jsonl"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=",".join(sections()), help="sections, comma separated")
@@ -52,15 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("distillation.py times a CUDA GPU, and there is none.")
-    device = torch.cuda.get_device_name()
-    versions = {
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-    }
-    rows: list[dict[str, Any]] = [
-        {"device": device, "torch": torch.__version__, "triton": triton.__version__, "versions": versions}
-    ]
+    rows: list[dict[str, Any]] = [device_row()]
     print(json.dumps(rows[0]), flush=True)
     chosen = options.cases.split(",")
     for section, measurements in sections().items():
@@ -77,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower())
-    (options.out / f"distillation-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results_file(options.out, "distillation").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

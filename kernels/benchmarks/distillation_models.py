@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.processes import Processes
 from hybridize.distillation.run import prepare_pair
 from hybridize.distillation.run_state import RunState
+from hybridize.distillation.sharding import Sharding
 from hybridize.distillation.signals import StopRequest
 from hybridize.distillation.teacher import AttentionTrace, Teacher
 from hybridize.distillation.top_k import TopK
@@ -65,13 +66,13 @@ MIXERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model's name and the shape of a step; `pattern` says which mixer a layer has, letter by letter in turn."""
+    """A model's name and the shape of a micro-batch; `pattern` says which mixer a layer has, letters in turn."""
 
     model: str
     sequences: int
     tokens: int
     pattern: str = "TG"
-    checkpointing: bool = False
+    checkpointing: bool | Literal["auto"] = False
 
     @property
     def letters(self) -> dict[str, Any]:
@@ -79,13 +80,19 @@ class Case:
 
 
 class RandomSequences:
-    """Random tokens in place of a stream of documents; each row is one text."""
+    """Random tokens in place of a stream of documents; each row is one text.
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    Processes take turns with the rows, so that a step has the same ones however many processes share it.
+    """
+
+    def __init__(self, vocabulary: int, rank: int, num: int) -> None:
+        self.vocabulary, self.rank, self.num = vocabulary, rank, num
+        self.generator = torch.Generator().manual_seed(0)
 
     def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
-        return Batch(torch.randint(self.vocabulary, (num_sequences, sequence_tokens)), ("random",))
+        shape = (num_sequences * self.num, sequence_tokens)
+        tokens = torch.randint(self.vocabulary, shape, generator=self.generator)
+        return Batch(tokens[self.rank :: self.num].contiguous(), ("random",))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -117,7 +124,8 @@ class _Unsaved(RunState):
 
 
 def random_model(name: str, device: torch.device) -> Any:
-    """A model of that size with random weights in bfloat16."""
+    """A model of that size with random weights in bfloat16, the same in every process."""
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -126,7 +134,7 @@ def random_model(name: str, device: torch.device) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def pair(case: Case, device: torch.device) -> tuple[Student, Teacher]:
+def pair(case: Case, device: torch.device, sharding: Sharding | None = None) -> tuple[Student, Teacher]:
     """The student of a case with LoRA of rank 16, and its teacher; what is frozen exists once."""
     teacher = random_model(case.model, device)
     with torch.device("meta"):
@@ -138,20 +146,43 @@ def pair(case: Case, device: torch.device) -> tuple[Student, Teacher]:
     options = {letter: dict(values) for letter, values in MIXERS.items()}
     configs = {letter: config_class(values.pop("mixer"))(**values) for letter, values in options.items()}
     wrapped = wrap(swap(student, [configs[letter] for letter in letters]), Lora(16, 32.0), frozen_dtype=torch.bfloat16)
-    return prepare_pair(wrapped, Teacher(teacher), share=True, device=device)
+    return prepare_pair(wrapped, Teacher(teacher), share=True, device=device, sharding=sharding)
 
 
-def distillation(case: Case, *, live: bool = True, kind: str = "distill", passes: int = 1) -> dict[str, float]:
-    """The trainer's own steps, numbers read and logged: median tokens a second, and the largest memory."""
+def distillation(case: Case, **options: Any) -> dict[str, float]:
+    """Median tokens a second of all processes, and the largest memory of one, in steps of `train`."""
+    rows, peak_bytes = train(case, **options)
+    return {"tokens_per_s": median(row["tokens_per_s"] for row in rows[WARM_STEPS:-1]), "peak_bytes": peak_bytes}
+
+
+def train(
+    case: Case,
+    *,
+    live: bool = True,
+    kind: Literal["align", "distill"] = "distill",
+    passes: int = 1,
+    accumulate: int = 1,
+    sharding: Sharding | None = None,
+) -> tuple[list[dict[str, Any]], float]:
+    """The trainer's own steps, numbers read and logged.
+
+    Args:
+        live: the teacher is asked; else its next tokens are at hand.
+        sharding: how both models are spread over the processes; None: each process has both whole.
+
+    Returns:
+        the lines of metrics.jsonl, and the largest memory of a process in bytes.
+    """
     processes = Processes(Accelerator(mixed_precision="no"))
-    student, teacher = pair(case, processes.device)
-    vocabulary = student.model.config.vocab_size
+    processes.sharding = sharding
+    student, teacher = pair(case, processes.device, sharding)
     stage = Stage(
         "bench",
-        kind,  # type: ignore[arg-type]
+        kind,
         steps=WARM_STEPS + STEPS,
         batch_sequences=case.sequences,
         sequence_tokens=case.tokens,
+        accumulate=accumulate,
         learning_rate=1e-4,
         passes=passes,
     )
@@ -165,7 +196,7 @@ def distillation(case: Case, *, live: bool = True, kind: str = "distill", passes
             Data((TextSource("random"),)),
             student,
             teacher if live else StoredTeacher(teacher),
-            RandomSequences(vocabulary),  # type: ignore[arg-type]
+            RandomSequences(student.model.config.vocab_size, processes.index, processes.count),  # type: ignore[arg-type]
             _Unsaved(folder, 1),
             metrics,
             processes,
@@ -176,8 +207,8 @@ def distillation(case: Case, *, live: bool = True, kind: str = "distill", passes
         ).train(None)
         metrics.close()
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speed = median(row["tokens_per_s"] for row in rows[WARM_STEPS:-1])
-    return {"tokens_per_s": speed, "peak_bytes": torch.cuda.max_memory_allocated()}
+    peak_bytes = torch.tensor(float(torch.cuda.max_memory_allocated()), device=processes.device)
+    return rows, float(processes.accelerator.gather(peak_bytes[None]).max())
 
 
 def plain_training(case: Case) -> dict[str, float]:
