@@ -31,6 +31,7 @@ class StepNote:
         norms: of its gradients.
         mixers: numbers of mixers that the host has, by layer.
         logged: whether the step gets a line.
+        peak_bytes: the most that this process ever had of its GPU's memory; 0 on a CPU, and in steps without a line.
     """
 
     stage: Stage
@@ -42,6 +43,7 @@ class StepNote:
     norms: Norms
     mixers: Mapping[int, Mapping[str, float]]
     logged: bool
+    peak_bytes: int = 0
 
 
 def mixer_numbers(metrics: Mapping[int, Mapping[str, Tensor | float]]) -> dict[str, Tensor]:
@@ -93,6 +95,8 @@ class StepLog:
         if mixers:
             row["mixers"] = {str(index): named for index, named in sorted(mixers.items())}
         row |= {"tokens": progress.tokens, "tokens_per_s": round(tokens_per_s, 1)}
+        if note.peak_bytes:
+            row["peak_memory_bytes"] = note.peak_bytes  # of the first process; those of the others are alike
         self.metrics.write(row | {"seconds": round(progress.seconds, 3)})
 
 

@@ -117,15 +117,21 @@ def share_frozen_weights(student: Student, teacher: nn.Module) -> int:
     for module_name, module in teacher.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             other = frozen.get(f"{module_name}.{name}" if module_name else name)
-            if other is None or other.data_ptr() == parameter.data_ptr():
+            if other is None or other is parameter:
                 continue
-            alike = (other.dtype, other.shape, other.device) == (parameter.dtype, parameter.shape, parameter.device)
-            if id(parameter) not in shared and alike and torch.equal(other.data, parameter.data):
+            if id(parameter) not in shared and _equal(other, parameter):
                 shared[id(parameter)] = other
-                saved_bytes += parameter.numel() * parameter.element_size()
+                if other.data_ptr() != parameter.data_ptr():
+                    saved_bytes += parameter.numel() * parameter.element_size()
             if id(parameter) in shared:  # under each of its names, as a head tied to the embedding
                 setattr(module, name, shared[id(parameter)])
     return saved_bytes
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one.data, other.data)
 
 
 def adapter_tensors(student: Student) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ numbers.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,7 +124,8 @@ class RecordedDistil:
         """The same, but whatever lets the host wait for the GPU is an error: it would spoil a record beyond repair."""
         mode = torch.cuda.get_sync_debug_mode()
         try:
-            with self._put_back() as left:
+            with self._put_back() as left, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)  # it may miss some waits
                 torch.cuda.set_sync_debug_mode("error")
                 measured = self._queue(batch, target, share, measure)
                 left.stays = True

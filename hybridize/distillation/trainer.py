@@ -199,6 +199,7 @@ class Trainer:
                 if named
             },
             logged=logged,
+            peak_bytes=self._peak_bytes() if logged else 0,
         )
         return note, numbers | mixer_numbers(metrics)
 
@@ -269,6 +270,10 @@ class Trainer:
         again = wanted is True and stage.kind != "align"
         checkpointed(self.student.model, range(self.student.model.config.num_hidden_layers) if again else ())
 
+    def _peak_bytes(self) -> int:
+        device = self.processes.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
     def _autocast(self) -> Any:
         device = self.processes.device.type
         return torch.autocast(device, dtype=torch.bfloat16) if self.mixed else nullcontext()
@@ -306,8 +311,9 @@ class Trainer:
             if isinstance(self.teacher, CachedTeacher):
                 self.teacher.flush()
             if self.metrics is not None:
-                self.metrics.sync()
-                self.state.save(self.progress, tensors)
+                with self.processes.undisturbed():
+                    self.metrics.sync()
+                    self.state.save(self.progress, tensors)
         self.saved_step = self.progress.step
         self.processes.wait()
 

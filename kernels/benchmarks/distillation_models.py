@@ -58,6 +58,7 @@ MODELS = {
 }
 MIXERS: dict[str, dict[str, Any]] = {
     "T": {"mixer": "token_eviction", "window_tokens": 512, "budget_tokens": 512},
+    "E": {"mixer": "token_eviction", "window_tokens": 512, "budget_tokens": 512, "scorer_dropout": 0.0},
     "G": {"mixer": "gated_delta_net"},
     "N": {"mixer": "native_sparse_attention"},
     "F": {"mixer": "full_attention"},

@@ -36,7 +36,7 @@ from hybridize.recipe.schema import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
 
 CHARACTERS = string.ascii_letters + string.digits + " .,\n'-"
 MIXERS = {

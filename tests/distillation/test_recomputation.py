@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridize.distillation import recomputation
 from hybridize.distillation.data import Batch
 from hybridize.distillation.lora import Student, wrap
 from hybridize.distillation.memory import GpuMeter
@@ -20,6 +21,7 @@ from hybridize.distillation.recomputation import (
     Decision,
     Line,
     Probe,
+    growing_shapes,
     largest_shape,
     layers_needed,
     observed_once,
@@ -98,8 +100,8 @@ class FakeMeter:
         return self._bytes()
 
 
-def decide(meter: FakeMeter, step: Step, largest: Shape) -> Decision:
-    return Probe(step, meter.student, meter, DATA, CPU).decide(largest, lambda number: number)
+def decide(meter: FakeMeter, step: Step, largest: Shape, *, sharded: bool = False) -> Decision:
+    return Probe(step, meter.student, meter, DATA, CPU, sharded=sharded).decide(largest, lambda number: number)
 
 
 # The choice.
@@ -157,6 +159,22 @@ def test_probes_are_short(largest: Shape, probes: Sequence[Shape]) -> None:
     assert probe_shapes(largest) == probes
 
 
+@pytest.mark.parametrize(
+    ("largest", "tokens"),
+    [
+        (Shape(1, 8192), [256, 512, 1024, 2048]),
+        (Shape(16, 256), [256, 512, 1024, 2048]),
+        (Shape(4, 300), [256, 300, 900, 1200]),
+        (Shape(6, 64), [256, 384]),
+        (Shape(1, 64), [64]),
+    ],
+)
+def test_growing_probes_are_short_and_begin_very_short(largest: Shape, tokens: Sequence[int]) -> None:
+    shapes = growing_shapes(largest)
+    assert [shape.sequences * shape.tokens for shape in shapes] == tokens
+    assert all(shape.tokens <= largest.tokens for shape in shapes)
+
+
 def test_largest_micro_batch_of_a_curriculum_has_the_longest_sequences() -> None:
     stage = Stage("s", "distill", steps=8, batch_sequences=2, curriculum=Curriculum(start_tokens=16, end=0.5))
     assert largest_shape(stage, DATA) == Shape(2, 64)
@@ -212,6 +230,39 @@ def test_one_process_that_needs_it_decides_for_all() -> None:
     meter = FakeMeter(student, capacity=1e9)
     decision = Probe(step, student, meter, DATA, CPU).decide(Shape(6, 64), lambda number: max(number, next(answers)))
     assert decision.layers == spread(3, 4)
+
+
+# Processes whose weights are sharded: one that runs out of memory would leave the others waiting.
+
+
+def test_what_is_not_foreseen_to_fit_is_not_tried() -> None:
+    student, step = pair()
+    capacity = 1000 + 40 * 700.0
+    meter = FakeMeter(student, capacity, fails_above_bytes=capacity)
+    decision = decide(meter, step, Shape(40, 64), sharded=True)
+    assert meter.seen == [(256, 0), (512, 0), (256, 4), (512, 4), (1024, 4), (2048, 4)]
+    optimizer = 8 * sum(p.numel() for p in student.trained().values())
+    assert decision.need_bytes == pytest.approx(1000 + 2560 * 40 + optimizer)
+    with_all = 1000 + 2560 * 8 + optimizer
+    assert len(decision.layers) == layers_needed(decision.need_bytes, with_all, capacity, 4)
+    assert not decision.keeps_gathered
+
+
+def test_a_smallest_probe_that_does_not_fit_ends_the_run() -> None:
+    student, step = pair()
+    with pytest.raises(torch.OutOfMemoryError):
+        decide(FakeMeter(student, capacity=1e9, fails_above_bytes=2000), step, Shape(40, 64), sharded=True)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(5001.0, True), (4999.0, False)])
+def test_gathered_weights_stay_where_there_is_room(monkeypatch: pytest.MonkeyPatch, room: float, kept: bool) -> None:
+    monkeypatch.setattr(recomputation, "gathered_bytes", lambda model: 5000)
+    student, step = pair()
+    need = 1000 + 384 * 40 + 8 * sum(p.numel() for p in student.trained().values())
+    decision = decide(FakeMeter(student, capacity=need + room), step, Shape(6, 64), sharded=True)
+    assert (decision.layers, decision.keeps_gathered) == ((), kept)
+    assert ("stay gathered" in decision.sentence(STAGE, 4)) == kept
+    assert not decide(FakeMeter(student, capacity=need + room), step, Shape(6, 64)).keeps_gathered
 
 
 # Harmlessness.
