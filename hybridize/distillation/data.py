@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridize.distillation.token_stream import Encode, TokenStream, document_encoder
 from hybridize.errors import RecipeError
 from hybridize.mixers.parts.documents import document_positions
 from hybridize.recipe.documents import Document, training_documents
 from hybridize.recipe.schema import Data
 
-Encode = Callable[[str], list[int]]
 NUM_LANES = 8
 
 
@@ -73,25 +73,6 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
     # Only from pinned memory is a copy to a GPU asynchronous.
     x = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
     return x.to(device, non_blocking=True)
-
-
-def document_encoder(tokenizer: Any) -> Encode:
-    """Text -> token ids of a whole document: the tokenizer's own opening token, if it sets one, and the closing one.
-
-    Raises:
-        RecipeError: the tokenizer has no end-of-sequence token to separate documents with.
-    """
-    closing = tokenizer.eos_token_id
-    if closing is None:
-        hint = "Add eos_token to tokenizer_config.json."
-        raise RecipeError("The tokenizer has no end-of-sequence token.", where="model", hint=hint)
-    first = tokenizer("a").input_ids[:1]
-    opening = first if first and first[0] == tokenizer.bos_token_id else []
-
-    def encode(text: str) -> list[int]:
-        return [*opening, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, closing]
-
-    return encode
 
 
 class DocumentStream:
@@ -190,7 +171,7 @@ class PackedSequences:
 
     Args:
         streams: one a source. weights: their shares.
-        encode: text -> token ids with the separator.
+        encode: texts -> token ids of each, with the separator.
         num_lanes: streams of packed tokens that take turns.
         rank, num_processes: of `num_processes` consecutive sequences this process takes the `rank`-th. All processes
             walk over all sequences, so that their places are the same and any number of them can go on from one.
@@ -208,9 +189,8 @@ class PackedSequences:
         num_processes: int = 1,
         document_boundaries: bool = True,
     ) -> None:
-        self.streams = tuple(streams)
+        self.streams = tuple(TokenStream(stream, encode) for stream in streams)
         self.weights = tuple(weights)
-        self.encode = encode
         self.rank, self.num_processes = rank, num_processes
         self.document_boundaries = document_boundaries
         self.tokens_of_source = [0] * len(self.streams)
@@ -269,10 +249,9 @@ class PackedSequences:
     def _append_document(self, lane: Lane) -> None:
         behind = [tokens / weight for tokens, weight in zip(self.tokens_of_source, self.weights, strict=True)]
         source = behind.index(min(behind))
-        document = self.streams[source].next()
-        tokens = self.encode(document.text)
+        identity, tokens = self.streams[source].next()
         self.tokens_of_source[source] += len(tokens)
-        lane.append(document.id, tokens)
+        lane.append(identity, tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, as JSON values."""

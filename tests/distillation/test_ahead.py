@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -22,8 +22,12 @@ def documents() -> Iterator[Document]:
         yield Document(f"{number:04d}", "s", f"d#{number}")
 
 
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    return [[*map(ord, text), 1] for text in texts]
+
+
 def stream() -> PackedSequences:
-    return PackedSequences([DocumentStream(documents, "0", 4)], [1.0], lambda text: [*map(ord, text), 1], num_lanes=2)
+    return PackedSequences([DocumentStream(documents, "0", 4)], [1.0], encode, num_lanes=2)
 
 
 def test_the_batches_and_places_are_those_of_the_stream() -> None:
@@ -69,7 +73,7 @@ def test_a_batch_is_made_while_nobody_waits_for_it() -> None:
                 made.set()
             return super().next_batch(num_sequences, sequence_tokens)
 
-    watched = Watched([DocumentStream(documents, "0", 4)], [1.0], lambda text: [*map(ord, text), 1])
+    watched = Watched([DocumentStream(documents, "0", 4)], [1.0], encode)
     with Ahead(watched) as ahead:
         ahead.take(Shape(1, 8), 1, (Shape(1, 16), 1))
         assert made.wait(timeout=10)
@@ -80,7 +84,7 @@ def test_an_error_comes_out_with_the_step_that_needs_the_text() -> None:
         yield Document("0123456", "s", "d#0")
         raise CheckpointError("The file is not UTF-8.", where="d")
 
-    sequences = PackedSequences([DocumentStream(broken, "0", 1)], [1.0], lambda text: [*map(ord, text), 1], num_lanes=1)
+    sequences = PackedSequences([DocumentStream(broken, "0", 1)], [1.0], encode, num_lanes=1)
     with Ahead(sequences) as ahead:
         ahead.take(Shape(1, 8), 1, (Shape(1, 8), 1))  # the next one fails in the thread; this one is whole
         with pytest.raises(CheckpointError, match="UTF-8"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridize.distillation.data import DocumentStream, PackedSequences, document_encoder
+from hybridize.distillation.data import DocumentStream, PackedSequences
+from hybridize.distillation.token_stream import MOST_CHARACTERS, MOST_DOCUMENTS, TokenStream, document_encoder
 from hybridize.errors import RecipeError
 from hybridize.recipe.documents import Document
 from hybridize.recipe.schema import Data, TextSource
@@ -25,8 +27,8 @@ def documents(prefix: int, count: int, length: int = 5) -> list[Document]:
     return [Document(" ".join([str(prefix + n)] * length), "s", f"{prefix}/{n}") for n in range(count)]
 
 
-def encode(text: str) -> list[int]:
-    return [*(int(word) for word in text.split()), CLOSING]
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    return [[*(int(word) for word in text.split()), CLOSING] for text in texts]
 
 
 def packed(
@@ -167,6 +169,42 @@ def test_rows_without_a_boundary_inside_are_texts(length: int, boundaries: bool)
     assert batch.to("cpu").model_inputs()["input_ids"].shape == (4, length)
 
 
+def test_documents_are_tokenised_several_at_a_time_and_counted_one_at_a_time() -> None:
+    asked: list[int] = []
+
+    def counting(texts: Sequence[str]) -> list[list[int]]:
+        asked.append(len(texts))
+        return encode(texts)
+
+    def tokens() -> TokenStream:
+        return TokenStream(DocumentStream(lambda: iter(documents(10, 150)), "7", 4), counting)
+
+    stream, found = tokens(), []
+    for number in range(1, 131):
+        found.append(stream.next())
+        assert stream.state_dict() == {"epoch": 0, "drawn": number}
+    assert asked == [MOST_DOCUMENTS] * 3
+    again = tokens()
+    again.load_state_dict({"epoch": 0, "drawn": 70})
+    assert [again.next() for _ in range(60)] == found[70:]
+    long = TokenStream(DocumentStream(lambda: iter(documents(1, 9, length=MOST_CHARACTERS // 5)), "7", 1), counting)
+    del asked[:]
+    long.next()
+    assert asked == [3]
+
+
+def test_a_fault_comes_after_the_documents_before_it() -> None:
+    def broken() -> Iterator[Document]:
+        yield from documents(10, 2)
+        raise RecipeError("The file is damaged.")
+
+    stream = TokenStream(DocumentStream(broken, "7", 1), encode)
+    assert {stream.next()[0], stream.next()[0]} == {"10/0", "10/1"}
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="damaged"):
+            stream.next()
+
+
 def test_no_training_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one text")
     data = Data(train=(TextSource("a.txt"),), held_out=(TextSource("a.txt"),))
@@ -185,12 +223,13 @@ def test_encoder_opens_as_the_tokenizer_does_and_closes_always() -> None:
         def __init__(self, opens: bool) -> None:
             self.opens = opens
 
-        def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> SimpleNamespace:
+        def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_: object) -> SimpleNamespace:
             opening = [1] if self.opens and add_special_tokens else []
-            return SimpleNamespace(input_ids=opening + [ord(character) for character in text])
+            ids = [opening + [ord(character) for character in each] for each in ([text] if text == "a" else text)]
+            return SimpleNamespace(input_ids=ids[0] if text == "a" else ids)
 
-    assert document_encoder(Tokenizer(True))("ab") == [1, 97, 98, 2]
-    assert document_encoder(Tokenizer(False))("ab") == [97, 98, 2]
+    assert document_encoder(Tokenizer(True))(["ab", "", "c"]) == [[1, 97, 98, 2], [1, 2], [1, 99, 2]]
+    assert document_encoder(Tokenizer(False))(["ab"]) == [[97, 98, 2]]
     without_closing = Tokenizer(False)
     without_closing.eos_token_id = None  # type: ignore[assignment]
     with pytest.raises(RecipeError, match="end-of-sequence"):
