@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 import traceback
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import click
 
 from hybridize.cli.app import Settings
+from hybridize.cli.environment import num_processes
 from hybridize.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -45,7 +49,7 @@ _BUG_HINT = "This is a bug in hybridize. Please report it with the lines below a
 
 def show_ending(error: BaseException, settings: Settings) -> int:
     """Tells the user why the command ended; returns the exit code."""
-    known, code = _as_known(error)
+    known, code = _as_known(_reason(error))
     output = settings.output
     if output.process and isinstance(known, _MET_BY_ALL) and not isinstance(known, ProcessLostError):
         return code  # the first process tells it
@@ -67,6 +71,39 @@ def show_ending(error: BaseException, settings: Settings) -> int:
         record["at"] = _last_frame(error)
     output.error(record, _text(record))
     return code
+
+
+def show_loss(error: ProcessLostError, settings: Settings) -> None:
+    """The same in another thread, when the main one is blocked for good and the process about to be ended."""
+    settings.output.console().show_cursor()  # a bar hides it
+    show_ending(error, settings)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process.
+
+    One of several does it without the interpreter's tidying up when something went wrong: that would wait in CUDA for
+    messages to processes that are no more.
+    """
+    if code and num_processes() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Of several processes, the error that this one was ending with when the launcher's signal interrupted that.
+
+    The launcher signals all others once the first of them has ended.
+    """
+    earlier = error.__context__
+    while isinstance(error, KeyboardInterrupt | click.Abort) and num_processes() > 1 and earlier is not None:
+        if isinstance(earlier, HybridizeError):
+            return earlier
+        earlier = earlier.__context__
+    return error
 
 
 def _as_known(error: BaseException) -> tuple[HybridizeError | None, int]:

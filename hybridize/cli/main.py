@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
 from hybridize import __version__
 from hybridize.cli.app import LazyGroup, Settings, global_options
-from hybridize.cli.endings import show_ending
+from hybridize.cli.endings import leave, show_ending
+from hybridize.cli.environment import num_processes
 
 SECTIONS = {
     "The whole way": ("run",),
@@ -51,9 +54,24 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SystemExit:
-        raise  # shell completion answers and leaves
+        raise  # it was said elsewhere: shell completion, or the first of several processes
     except BaseException as error:
-        return show_ending(error, settings)
+        with deaf():
+            return show_ending(error, settings)
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ignores signals while one of several processes tells why it ends: when one has, the launcher ends all others."""
+    if num_processes() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def main() -> None:
@@ -62,4 +80,10 @@ def main() -> None:
     (The distillation has its own answer to both, which saves the state.)
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as error:  # of several processes, the first one told why
+        if not isinstance(error.code, int):
+            raise
+        code = error.code
+    leave(code)

@@ -11,7 +11,7 @@ from typing import Any
 
 from hybridize.checkpoint import FolderLock, read_manifest
 from hybridize.cli.environment import num_processes, process_number
-from hybridize.errors import CheckpointError, HybridizeError, UsageError
+from hybridize.errors import CheckpointError, HybridizeError, ProcessLostError, UsageError
 from hybridize.files import write_whole
 from hybridize.plan import ConversionPlan
 from hybridize.progress import Reporter
@@ -54,18 +54,22 @@ def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool
     return lock
 
 
-def first_only(work: Callable[[], None]) -> None:
+def first_only(work: Callable[[], None], tell_loss: Callable[[ProcessLostError], object]) -> None:
     """Of several processes that a launcher started, lets the first do it while the others wait; or this one alone.
 
+    Args:
+        tell_loss: is given the error if, from now on, another process is lost while this one is blocked in a message to
+            it; then the process ends.
+
     Raises:
-        what `work` raised; SystemExit: that was in another process.
+        what `work` raised; SystemExit: that was in another process. ProcessLostError: one was lost.
     """
     if num_processes() == 1:
         work()
         return
     from hybridize.distillation.processes import start_processes
 
-    start_processes().first_only(work)
+    start_processes(tell_loss).first_only(work)
 
 
 def first_goes_on() -> bool:

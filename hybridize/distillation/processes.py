@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -16,19 +15,29 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 
+from hybridize.distillation.lifeline import Lifeline, Tell, connect
 from hybridize.distillation.sharding import is_sharded, requested_sharding
-from hybridize.errors import EXIT_BUG, ProcessLostError, RecipeError, UsageError
+from hybridize.errors import EXIT_BUG, EXIT_INTERRUPTED, ProcessLostError, RecipeError, UsageError
 from hybridize.recipe.schema import Distill, Stage
 
 TIMEOUT_VARIABLE = "HYBRIDIZE_PROCESS_TIMEOUT_S"
 TIMEOUT_S = 600.0
 """How long a process waits for the others before it takes one of them for lost."""
-_LOOK_EVERY_S = 0.05
+KNOWN_WITHIN_S = 1.0
+"""How long after a message failed the lifeline may take to say whose loss that was."""
 _SIGNS_OF_LOSS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")
 
 
-def start_processes() -> Processes:
+_lifeline: Lifeline | None = None
+"""Of this process; like accelerate's own state it outlives every `Processes`."""
+
+
+def start_processes(tell_loss: Tell | None = None) -> Processes:
     """Joins the other processes that a launcher started, or is the only one.
+
+    Args:
+        tell_loss: is given the error if another process is lost while this one is blocked in a message to it, and has
+            to be ended from another thread. None: what an earlier call said, or the log of `hybridize.distillation`.
 
     Raises:
         UsageError: HYBRIDIZE_PROCESS_TIMEOUT_S is not a time, or accelerate is configured for what does not go with
@@ -50,14 +59,34 @@ def start_processes() -> Processes:
     if accelerator.num_processes != launched:
         what = f"{launched} processes were launched, and accelerate knows of {accelerator.num_processes}."
         raise UsageError(what, hint="Look at the launcher's options, or use torchrun.")
-    return Processes(accelerator)
+    return Processes(accelerator, _own_lifeline(accelerator, seconds, tell_loss))
+
+
+def _own_lifeline(accelerator: Accelerator, timeout_s: float, tell: Tell | None) -> Lifeline | None:
+    """The line to the other processes, made when they meet; None: there are no others."""
+    global _lifeline
+    index, count = accelerator.process_index, accelerator.num_processes
+    if count == 1:
+        return None
+
+    def from_first(numbers: list[int]) -> list[int]:
+        told = torch.tensor(numbers, device=accelerator.device)
+        distributed.broadcast(told, src=0)
+        return list(map(int, told.tolist()))
+
+    if _lifeline is None or _lifeline.closed:
+        with losses_told(count):
+            _lifeline = Lifeline(connect(index, count, from_first, timeout_s))
+    if tell is not None:
+        _lifeline.tell = tell
+    return _lifeline
 
 
 @contextmanager
-def losses_told(count: int) -> Iterator[None]:
+def losses_told(count: int, lifeline: Lifeline | None = None) -> Iterator[None]:
     """Turns what torch raises when one of `count` processes no longer answers into a sentence.
 
-    NCCL reports it in another thread, which ends this process after the timeout with a message of its own.
+    A message of NCCL does not fail but waits; see `lifeline`, which also knows who was lost.
 
     Raises:
         ProcessLostError: a collective failed.
@@ -69,6 +98,8 @@ def losses_told(count: int) -> Iterator[None]:
         lost = isinstance(error, distributed.DistError) or any(sign in text for sign in _SIGNS_OF_LOSS)
         if count == 1 or not lost:
             raise
+        if lifeline is not None:
+            lifeline.check(within_s=KNOWN_WITHIN_S)
         first_line = str(error).strip().splitlines()[0]
         raise ProcessLostError(f"A process of this run was lost ({first_line}).") from error
 
@@ -105,21 +136,46 @@ class Processes:
 
     Args:
         accelerator: an `accelerate.Accelerator`.
+        lifeline: to the others; without one, a lost process is known by the messages that fail.
 
     Attributes:
         sharding: how models are spread over the processes; None: each has its own copies.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any, lifeline: Lifeline | None = None) -> None:
         self.accelerator = accelerator
+        self.lifeline = lifeline
         self.device: torch.device = accelerator.device
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.is_first: bool = accelerator.is_main_process
         self.sharding = requested_sharding(accelerator)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The part of a run in which each process needs the others: one that is lost meanwhile ends them all, soon.
+
+        Raises:
+            ProcessLostError: one was lost. Where the main thread waits for it in NCCL, nothing is raised: the loss is
+                told and this process ended with the error's exit code.
+        """
+        if self.lifeline is None:
+            yield
+            return
+        with self.lifeline.bound(), losses_told(self.count, self.lifeline):
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.lifeline.check()  # the launcher ends those that are left with a signal
+                raise
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A part of it in which this process needs nobody, and may finish whoever is lost."""
+        return nullcontext() if self.lifeline is None else self.lifeline.undisturbed()
+
     def wait(self) -> None:
         """Until all are here."""
+        self._check()
         self.accelerator.wait_for_everyone()
 
     def first_only(self, work: Callable[[], None]) -> None:
@@ -127,37 +183,58 @@ class Processes:
 
         Raises:
             what `work` raised, in the first process. SystemExit: in the others, then, with the same exit code.
-            ProcessLostError: the first process was lost.
+            ProcessLostError: a process was lost.
         """
         if self.count == 1:
             work()
             return
-        # gloo tells at once when a connection breaks; no need to guess from the time that it takes.
-        group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-        if not self.is_first:
-            with losses_told(self.count):
-                code = _told_by_first(0, group)
-            if code:
-                raise SystemExit(code)
-            return
+        assert self.lifeline is not None
+        if self.is_first:
+            with self.together():
+                self._told_to_all(work, self.lifeline)
+        elif code := self.lifeline.wait_for_first():
+            raise SystemExit(code)
+
+    @staticmethod
+    def _told_to_all(work: Callable[[], None], lifeline: Lifeline) -> None:
         try:
-            work()
-        except Exception as error:
-            with suppress(RuntimeError):  # why it failed matters more
-                _told_by_first(getattr(error, "exit_code", EXIT_BUG), group)
+            with lifeline.undisturbed():
+                work()
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            lifeline.done(EXIT_INTERRUPTED if interrupted else getattr(error, "exit_code", EXIT_BUG))
             raise
-        with losses_told(self.count):
-            _told_by_first(0, group)
+        lifeline.check()
+        lifeline.done()
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Lets the first process through the block before the others, who then meet what it met; all have to ask."""
+        if self.lifeline is not None and not self.is_first:
+            self.lifeline.wait_for_first()
+        try:
+            yield
+        finally:
+            if self.lifeline is not None and self.is_first:
+                self.lifeline.done()
 
     def end(self) -> None:
         """Leaves the others; what follows is the first process's own."""
+        if self.lifeline is not None:
+            self.lifeline.close()
         self.accelerator.end_training()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor on the device, in place; all have to ask."""
         if self.count > 1:
+            self._check()
             distributed.all_reduce(values)
         return values
+
+    def _check(self) -> None:
+        """Before a message: with a lost process it would never end."""
+        if self.lifeline is not None:
+            self.lifeline.check()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in at least one process; all have to ask, and wait for the answer."""
@@ -193,6 +270,7 @@ class Processes:
         """torch's random states of all processes but the first, whose are saved anyway; all have to ask."""
         if self.count == 1:
             return {}
+        self._check()
         own = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -214,13 +292,3 @@ class Processes:
             torch.set_rng_state(state.cpu())
         if (state := tensors.get(f"process.{self.index}.cuda")) is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state.cpu(), self.device)
-
-
-def _told_by_first(code: int, group: Any) -> int:
-    """The sum of all processes' codes, looked for now and then: blocked in torch, Python would hear no signal."""
-    total = torch.tensor(code)
-    work = distributed.all_reduce(total, group=group, async_op=True)
-    while not work.is_completed():
-        time.sleep(_LOOK_EVERY_S)
-    work.wait()
-    return int(total)

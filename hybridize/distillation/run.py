@@ -21,7 +21,7 @@ from hybridize.distillation.lora import (
     wrap,
 )
 from hybridize.distillation.metrics import MetricsFile
-from hybridize.distillation.processes import Processes, fit_processes, losses_told, start_processes
+from hybridize.distillation.processes import Processes, fit_processes, start_processes
 from hybridize.distillation.run_state import RunState
 from hybridize.distillation.settings import begin_or_compare, pinned_data, recorded_processes, run_settings
 from hybridize.distillation.sharding import Sharding, gather, keep_gathered
@@ -83,9 +83,9 @@ def distill(
     processes = start_processes()
     # Of several processes the first one writes; the others would find the lock taken.
     lock = FolderLock(folder) if processes.is_first else nullcontext()
-    with losses_told(processes.count), stop_requests() as stop, lock:
+    with processes.together(), stop_requests(launched=processes.count > 1) as stop, lock:
         folder.mkdir(parents=True, exist_ok=True)
-        with processes.accelerator.main_process_first():
+        with processes.first_before_others():
             pinned = pinned_data(folder, recipe.data, base, offline=offline)
             begun_with = recorded_processes(folder) or processes.count
             settings = run_settings(recipe.distill, recipe.data, pinned, plan, base, processes=begun_with)
@@ -153,7 +153,8 @@ def _train(job: Job, processes: Processes, reporter: Reporter, stop: StopRequest
     tensors = gather(adapter_tensors(student), keep=processes.is_first)
     if processes.is_first:
         provenance = {"settings": job.identity, "model": job.plan.model, "teacher": job.plan.fingerprint}
-        with AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance) as out:
+        adapter = AtomicFolder(folder / ADAPTER_KIND, overwrite=True, kind=ADAPTER_KIND, provenance=provenance)
+        with processes.undisturbed(), adapter as out:
             save_adapter(student, out, tensors)
         for report in folder.glob("failure*.json"):  # of an earlier attempt
             report.unlink()
