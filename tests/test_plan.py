@@ -290,6 +290,7 @@ def test_plan_is_total_property(
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SHIPPED_SIZES = {
     "llama-3.2-1b": {"model_type": "llama", "num_hidden_layers": 16, "hidden_size": 64, "num_attention_heads": 32},
+    "llama-3-8b": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 64, "num_attention_heads": 32},
     "qwen3-1.7b": {"model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 64, "num_attention_heads": 16},
     "mistral-7b": {"model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 64, "num_attention_heads": 32},
     "smollm2-135m": {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9},
