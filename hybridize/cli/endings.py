@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -12,10 +14,12 @@ from typing import Any, NoReturn
 import click
 
 from hybridize.cli.app import Settings
-from hybridize.cli.environment import num_processes
+from hybridize.cli.environment import num_processes, process_number
 from hybridize.errors import (
     EXIT_BUG,
+    EXIT_CHECKPOINT,
     EXIT_INTERRUPTED,
+    EXIT_RECIPE,
     EXIT_RESOURCE,
     EXIT_USAGE,
     CheckpointError,
@@ -40,6 +44,9 @@ _EXHAUSTED = {
 }
 _MET_BY_ALL = (UsageError, RecipeError, CheckpointError, StoppedError, InterruptedError_)
 """Of several processes, each meets these."""
+_TOLD_BY_FIRST = {EXIT_USAGE, EXIT_RECIPE, EXIT_CHECKPOINT}
+TELLS_WITHIN_S = 10.0
+"""How far the first process may be behind one that ends quietly."""
 _MEMORY_HINT = (
     "Lower distill.stages.N.batch_sequences (raise accumulate to match), data.sequence_tokens or a probe's "
     "context_tokens, or set distill.gradient_checkpointing: true."
@@ -86,11 +93,24 @@ def leave(code: int) -> NoReturn:
     messages to processes that are no more.
     """
     if code and num_processes() > 1:
+        if process_number() and code in _TOLD_BY_FIRST:
+            _let_first_tell()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _let_first_tell() -> None:
+    """Waits for the launcher's signal, which comes when the first process has told why all of them end, and ended.
+
+    Were this one gone before, the launcher would end the first one before it had.
+    """
+    came = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: came.set())
+    came.wait(TELLS_WITHIN_S)
 
 
 def _reason(error: BaseException) -> BaseException:
