@@ -69,7 +69,7 @@ def environment(form: Form, folder: Path, mark: str, gpu: int) -> dict[str, str]
     if form == "alone":
         visible = visible[gpu : gpu + 1]
     chosen = {
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder),
         "OMP_NUM_THREADS": "1",
