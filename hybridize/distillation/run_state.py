@@ -141,6 +141,9 @@ class RunState:
         return [path for _, path in sorted(found, reverse=True)]
 
 
+_CUDA_RANDOM = "random.cuda"
+
+
 def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The states of all random generators: what JSON holds, and tensors."""
     generator: Any = np.random.get_state(legacy=True)
@@ -152,7 +155,7 @@ def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     tensors = {"random.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()  # of this process's GPU, whichever others it sees
     return states, tensors
 
 
@@ -163,9 +166,8 @@ def restore_random_states(states: dict[str, Any], tensors: dict[str, Tensor]) ->
     keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(tensors["random.torch"].cpu())
-    for name, state in tensors.items():
-        if name.startswith("random.cuda."):
-            torch.cuda.set_rng_state(state.cpu(), int(name.rsplit(".", 1)[-1]))
+    if _CUDA_RANDOM in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[_CUDA_RANDOM].cpu())
 
 
 def optimizer_tensors(
