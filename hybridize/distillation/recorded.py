@@ -26,6 +26,7 @@ from hybridize.distillation.losses import Target
 from hybridize.distillation.stages import Distil, Measured
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.top_k import TopK
+from hybridize.model.training_form import recomputed_layers
 
 MOST_OPERATIONS = 2e14
 """Of a micro-batch, forward and backward: beyond about half a second of them a GPU never waits for the host."""
@@ -206,11 +207,9 @@ def recorded(step: Any, student: Student, tokens: int, device: torch.device, not
     Args:
         tokens: of a micro-batch.
     """
-    layers = student.model.model.layers
-    checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
     sharded = any(hasattr(parameter, "full_tensor") for parameter in student.trained().values())
     operations = 6 * tokens * sum(parameter.numel() for parameter in student.model.parameters())
-    can_be = isinstance(step, Distil) and device.type == "cuda" and not checkpointed and not sharded
+    can_be = isinstance(step, Distil) and device.type == "cuda" and not sharded and not recomputed_layers(student.model)
     if not can_be or operations > MOST_OPERATIONS:
         return step
     alike = all(mixer.schedule_key() is not None for _, mixer in student.mixers)

@@ -32,8 +32,7 @@ from hybridize.distillation.stopwatch import Stopwatch
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import MEASURE_EVERY_STEPS, Trainer
 from hybridize.errors import ResourceError, StoppedError
-from hybridize.families import family
-from hybridize.model.training_form import checkpointed
+from hybridize.model.training_form import checkpointed, recomputed_layers
 from hybridize.recipe.schema import Data, Distill, Stage
 
 SHORTEST_TOKENS = 128
@@ -142,8 +141,7 @@ class _Rehearsal(Trainer):
         model, whole = self.student.model, self.part.stage
         if whole.name not in self.recomputed:
             super()._set_gradient_checkpointing(whole)
-            layers = family(model.config.model_type).layers(model.model)
-            self.recomputed[whole.name] = tuple(i for i, layer in enumerate(layers) if layer.gradient_checkpointing)
+            self.recomputed[whole.name] = recomputed_layers(model)
         checkpointed(model, self.recomputed[whole.name])
 
 

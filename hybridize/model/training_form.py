@@ -23,6 +23,8 @@ from hybridize.mixers.base import Mixer
 from hybridize_kernels import LoraProjection, gated_mlp, lora_linear, rms_norm, rotary, swiglu
 
 _FORWARD = "forward"
+_RECOMPUTED = "hybridize_recomputed"
+"""Of a layer. transformers' own `gradient_checkpointing` would act on it, in a way that changed within 5.x."""
 _ADAPTER = "default"
 
 
@@ -44,7 +46,7 @@ def enter(model: Any) -> None:
 def leave(model: Any) -> None:
     """Takes the training form off."""
     for module in model.model.modules():
-        for name in (_FORWARD, "project"):
+        for name in (_FORWARD, "project", _RECOMPUTED):
             vars(module).pop(name, None)
 
 
@@ -80,7 +82,7 @@ def _layer(layer: Any, attention: Any, hidden_states: Tensor, *args: Any, **kwar
     if args or _has_cache(kwargs):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
     run = partial(_layer_body, layer, attention, **kwargs)
-    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+    if getattr(layer, _RECOMPUTED, False) and layer.training and torch.is_grad_enabled():
         return checkpoint(run, hidden_states, use_reentrant=False)  # type: ignore[no-any-return]
     return run(hidden_states)  # type: ignore[call-arg]
 
@@ -145,4 +147,10 @@ def checkpointed(model: Any, layers: Iterable[int]) -> None:
     """Recomputes these decoder layers in the backward pass, and keeps what the others have computed."""
     chosen = set(layers)
     for index, layer in enumerate(family(model.config.model_type).layers(model.model)):
-        layer.gradient_checkpointing = index in chosen  # type: ignore[assignment]
+        setattr(layer, _RECOMPUTED, index in chosen)
+
+
+def recomputed_layers(model: Any) -> tuple[int, ...]:
+    """The decoder layers that `checkpointed` chose."""
+    layers = family(model.config.model_type).layers(model.model)
+    return tuple(index for index, layer in enumerate(layers) if getattr(layer, _RECOMPUTED, False))

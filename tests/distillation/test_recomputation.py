@@ -35,7 +35,7 @@ from hybridize.distillation.stages import Step, make_step
 from hybridize.distillation.teacher import Teacher
 from hybridize.mixers.registry import config_from_dict
 from hybridize.model.swap import swap
-from hybridize.model.training_form import checkpointed
+from hybridize.model.training_form import checkpointed, recomputed_layers
 from hybridize.recipe.schema import Curriculum, Data, Lora, Stage, TextSource
 from tests.tiny import tiny_teacher
 
@@ -55,10 +55,6 @@ def pair(device: torch.device = CPU, **changes: Any) -> tuple[Student, Step]:
     step = make_step(STAGE, student, teacher, nullcontext())  # type: ignore[arg-type]
     student.model.train()
     return student, step
-
-
-def recomputed(student: Student) -> list[int]:
-    return [index for index, layer in enumerate(student.model.model.layers) if layer.gradient_checkpointing]
 
 
 @dataclass
@@ -83,7 +79,7 @@ class FakeMeter:
             raise torch.OutOfMemoryError("out of memory")
 
     def _bytes(self) -> float:
-        count = len(recomputed(self.student))
+        count = len(recomputed_layers(self.student.model))
         return self.fixed_bytes + self.tokens * (self.layer_bytes * (4 - count) + self.input_bytes * count)
 
     def capacity_bytes(self) -> float:
@@ -96,7 +92,7 @@ class FakeMeter:
         return self.fixed_bytes
 
     def peak_bytes(self) -> float:
-        self.seen.append((self.tokens, len(recomputed(self.student))))
+        self.seen.append((self.tokens, len(recomputed_layers(self.student.model))))
         return self._bytes()
 
 
