@@ -324,8 +324,7 @@ class Mixer(nn.Module):
         head_size = self.geometry.head_size
         projected = self.project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (x.view(batch, num_tokens, -1, head_size) for x in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.normed(q, k, v)
         state = None if cache is None else self.claim_state(cache, batch, k)
         self.padded = token_positions is not None and cu_seqlens is None
         if token_positions is None and cu_seqlens is not None:
@@ -344,6 +343,15 @@ class Mixer(nn.Module):
         if state is not None:
             state.seen_tokens += num_tokens
         return self.project(out.reshape(batch, num_tokens, -1), (self.o_proj,))[0], None
+
+    def normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after their norms, if the model has any, in the dtype of the values.
+
+        Under autocast transformers' norms return fp32, which the kernels do not take together with bf16 values.
+        """
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
 
     def claim_state(self, cache: Any, batch: int, like: Tensor) -> MixerState:
         """This mixer's layer of the cache, made on first use.

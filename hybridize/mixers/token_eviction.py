@@ -154,8 +154,7 @@ class TokenEviction(Mixer):
             project(hidden_states).view(batch, num_tokens, -1, self.geometry.head_size)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.normed(q, k, v)
         positions = torch.arange(num_tokens, device=q.device).expand(batch, -1)
         if cu_seqlens is not None:
             positions = document_positions(cu_seqlens, num_tokens)
