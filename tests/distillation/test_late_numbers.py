@@ -62,17 +62,21 @@ def test_a_gpu_is_not_waited_for() -> None:
     numbers: LateNumbers[int] = LateNumbers(device)
     weight = torch.randn(4096, 4096, device=device)
     steps = [torch.tensor(step, device=device) for step in range(2)]
-    for value in steps:  # the first pinned memory is waited for
-        numbers.put(-1, {"x": value, "step": value})
+
+    def queue(step: int, count: int) -> None:
+        product = weight
+        for _ in range(count):
+            product = torch.nn.functional.normalize(product @ weight)
+        numbers.put(step, {"x": product.square().sum(), "step": steps[step]})
+
+    for step in range(2):  # the first pinned memory is waited for, and so are kernels that are loaded
+        queue(step, 1)
     numbers.read(everything=True)
     torch.cuda.synchronize()
     for step in range(2):
-        product = weight
-        for _ in range(40):
-            product = torch.nn.functional.normalize(product @ weight)
+        queue(step, 100)
         last = torch.cuda.Event()
         last.record()
-        numbers.put(step, {"x": product.square().sum(), "step": steps[step]})
         found = numbers.read()
         assert not last.query(), "the step that was just queued is still being computed"
         assert [note for note, _ in found] == [0] * step
