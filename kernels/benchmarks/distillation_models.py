@@ -164,6 +164,7 @@ def train(
     passes: int = 1,
     accumulate: int = 1,
     sharding: Sharding | None = None,
+    steps: int = WARM_STEPS + STEPS,
 ) -> tuple[list[dict[str, Any]], float]:
     """The trainer's own steps, numbers read and logged.
 
@@ -180,7 +181,7 @@ def train(
     stage = Stage(
         "bench",
         kind,
-        steps=WARM_STEPS + STEPS,
+        steps=steps,
         batch_sequences=case.sequences,
         sequence_tokens=case.tokens,
         accumulate=accumulate,

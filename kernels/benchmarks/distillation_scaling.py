@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.distillation import RESULTS, device_row, results_file
-from benchmarks.distillation_models import WARM_STEPS, Case, train
+from benchmarks.distillation_models import STEPS, WARM_STEPS, Case, train
 from hybridize.distillation.sharding import Sharding
 
 WITHOUT_DROPOUT = "EG"
@@ -51,11 +51,11 @@ def measurements(models: Sequence[str], count: int) -> Iterator[tuple[str, Case,
                 yield form, case, sharding
 
 
-def work(models: Sequence[str], num_gpus: int) -> None:
+def work(models: Sequence[str], steps: int, num_gpus: int) -> None:
     """What each of the launched processes does; the first prints a row a measurement."""
     count = int(os.environ["WORLD_SIZE"])
     for form, case, sharding in measurements(models, count):
-        rows, peak_bytes = train(case, accumulate=num_gpus // count, sharding=sharding)
+        rows, peak_bytes = train(case, accumulate=num_gpus // count, sharding=sharding, steps=steps)
         row = {
             "op": "distillation",
             "impl": form,
@@ -69,12 +69,14 @@ def work(models: Sequence[str], num_gpus: int) -> None:
             print(MARK + json.dumps(row), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
+    if count > 1:
+        torch.distributed.destroy_process_group()
 
 
-def launched(models: Sequence[str], count: int, num_gpus: int) -> Iterator[dict[str, Any]]:
+def launched(models: Sequence[str], steps: int, count: int, num_gpus: int) -> Iterator[dict[str, Any]]:
     """The rows of `count` processes, as they come."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [*launcher, __file__, "--work", str(num_gpus), "--models", ",".join(models)]
+    command = [*launcher, __file__, "--work", str(num_gpus), "--models", ",".join(models), "--steps", str(steps)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -95,12 +97,13 @@ def compared(row: dict[str, Any], alone: Mapping[str, dict[str, Any]]) -> dict[s
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(CASES), help="comma separated")
+    parser.add_argument("--steps", type=int, default=WARM_STEPS + STEPS, help="of each run; the first ones warm up")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--work", type=int, metavar="GPUS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     models = options.models.split(",")
     if options.work:
-        work(models, options.work)
+        work(models, options.steps, options.work)
         return
     num_gpus = torch.cuda.device_count()
     if num_gpus < 2:
@@ -109,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     alone: dict[str, dict[str, Any]] = {}
     with results_file(options.out, "distillation-scaling").open("w") as file:
-        rows = (row for count in counts for row in launched(models, count, num_gpus))
+        rows = (row for count in counts for row in launched(models, options.steps, count, num_gpus))
         for row in (device_row(), *rows):
             if "op" in row:
                 alone.setdefault(row["case"]["model"], row)
