@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import socket
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,10 @@ from hypothesis import HealthCheck, settings
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from tests.interpreter import hasten
+
+        hasten()
 
 # Shared machines are slow at times, so no deadline on an example; the same examples on every run.
 settings.register_profile(
@@ -47,6 +53,28 @@ def same_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exports_read_by_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`export` reads its folders back as it does, in a process without hybridize, which is up at once."""
+    from hybridize.model import export
+    from tests.elsewhere import Parent
+
+    parent = Parent(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "subprocess", parent)
+        yield
+    parent.end()
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """The process whose children are runs that tests may kill (`tests.distillation.runs.Server`)."""
+    from tests.distillation import runs
+
+    with runs.serving(tmp_path_factory.mktemp("serving") / "log") as process:
+        yield process
 
 
 def is_local(host: object) -> bool:

@@ -14,6 +14,11 @@ from tests.cli.conftest import invoke
 __all__ = ["invoke"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_exports(exports_read_by_children: None) -> None:
+    """Of every test here that does not ask for another way."""
+
+
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `teacher` (one file), `sharded` (two files and an index), texts and recipe.yaml. Copy it."""

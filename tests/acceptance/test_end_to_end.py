@@ -19,7 +19,7 @@ import pytest
 from hybridize.cli.main import run as command_line
 from tests.acceptance.project import RECIPE, SHARDS
 from tests.cli.conftest import Invoke
-from tests.distillation.runs import write_teacher, write_texts
+from tests.distillation.runs import Server, write_teacher, write_texts
 
 FAMILIES = ("llama", "qwen3")
 MIXERS = ["full_attention", "token_eviction", "gated_delta_net", "full_attention"]
@@ -144,14 +144,13 @@ CUTS = ("before-manifest:kill", "step-start:kill:2", "before-rename:kill:3")
 
 
 @pytest.mark.parametrize("done", ["llama"], indirect=True)
-def test_killed_again_and_again_it_ends_the_same(done: Done, invoke: Invoke, tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_the_same(
+    done: Done, invoke: Invoke, serving: subprocess.Popen[str], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    packages = [path for path in sys.path if path]
+    server = Server(done.project, serving)
     for fault in CUTS:
-        environment = {**os.environ, "HYBRIDIZE_FAULT": fault, "PYTHONPATH": os.pathsep.join(packages)}
-        command = [sys.executable, "-m", "hybridize", *done.command(run)]
-        killed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert killed.returncode == -signal.SIGKILL, (fault, killed.stderr)
+        assert server.command(done.command(run), fault) == -signal.SIGKILL, fault
         assert not (run / "export").exists()
     assert (run / "distill" / "adapter" / "manifest.json").is_file()
     assert invoke(*done.command(run), "-q").code == 0

@@ -68,6 +68,11 @@ def invoke(capfd: pytest.CaptureFixture[str]) -> Invoke:
     return call
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_exports(exports_read_by_children: None) -> None:
+    """Of every test here that does not ask for another way."""
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny teacher, texts and recipe.yaml. Tests write elsewhere."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,9 @@ def reference(prepared: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def serve(prepared: Path) -> Iterator[runs.Server]:
+def serve(prepared: Path, serving: subprocess.Popen[str]) -> runs.Server:
     """Runs in processes of their own."""
-    with runs.server(prepared) as server:
-        yield server
+    return runs.Server(prepared, serving)
 
 
 @pytest.fixture

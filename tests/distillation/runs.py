@@ -13,6 +13,7 @@ import signal
 import string
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ from hybridize.recipe.schema import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+READY = "ready\n"
+"""What the process that serves runs says first."""
 TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
 
 CHARACTERS = string.ascii_letters + string.digits + " .,\n'-"
@@ -169,7 +172,7 @@ class Server:
 
     Args:
         folder: with teacher and texts.
-        process: that of `serve`.
+        process: that of `serve`, which others may use as well.
     """
 
     def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
@@ -189,8 +192,17 @@ class Server:
             os.kill(process, number)
         return int(self._answer())
 
+    def command(self, arguments: list[str], fault: str) -> int:
+        """The exit status of `hybridize ARGUMENTS...` with a fault."""
+        self._send({"arguments": arguments, "fault": fault})
+        return int(self._answer())
+
     def _ask(self, run: Path, fault: str, recipe: str, changes: dict[str, Any]) -> int:
-        request = {"folder": str(self.folder), "run": run.name, "fault": fault, "recipe": recipe, "changes": changes}
+        return self._send(
+            {"folder": str(self.folder), "run": run.name, "fault": fault, "recipe": recipe, "changes": changes}
+        )
+
+    def _send(self, request: dict[str, Any]) -> int:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -202,32 +214,43 @@ class Server:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[Server]:
-    """A server while the block runs; what its runs say goes to `folder/serve.log`."""
+def serving(log: Path) -> Iterator[subprocess.Popen[str]]:
+    """The process of `serve` while the block runs; what its runs say goes to the log."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    with (folder / "serve.log").open("w") as log:
+    with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=file,
             text=True,
             env=environment,
         )
         try:
-            yield Server(folder, process)
+            assert process.stdout is not None
+            assert process.stdout.readline() == READY, log.read_text()  # so that the first run takes its own time alone
+            yield process
         finally:
             process.communicate(timeout=30)
 
 
-def child(folder: Path, run: str, fault: str, recipe: str, changes: dict[str, Any]) -> int:
-    """Distils with a fault; the exit status that the command line would give."""
-    from hybridize.errors import HybridizeError
-
+def child(fault: str, arguments: list[str] | None = None, **request: Any) -> int:
+    """Runs a command or distils, with a fault; the exit status that the command line gives."""
     if fault:
         os.environ["HYBRIDIZE_FAULT"] = fault
+    if arguments is None:
+        return distil_status(**request)
+    from hybridize.cli.main import run as command_line
+
+    return command_line(arguments)
+
+
+def distil_status(folder: str, run: str, recipe: str, changes: dict[str, Any]) -> int:
+    """Distils; the exit status that the command line would give."""
+    from hybridize.errors import HybridizeError
+
     try:
-        distil(folder, RECIPES[recipe](folder, **changes), run)
+        distil(Path(folder), RECIPES[recipe](Path(folder), **changes), run)
     except HybridizeError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
@@ -235,21 +258,24 @@ def child(folder: Path, run: str, fault: str, recipe: str, changes: dict[str, An
 
 
 def serve() -> None:
-    """`{"folder", "run", "fault", "recipe", "changes"}` a line -> process id and exit status, a line each.
+    """Says that it is ready; then `{"folder", "run", "fault", "recipe", "changes"}` or `{"arguments", "fault"}` a line
+    -> process id and exit status, a line each.
 
     A negative status is the signal that ended the child.
     """
-    import hybridize.distillation.run
-    import hybridize.model.convert
-    import hybridize.plan  # noqa: F401 - paid for once, before the forks
+    import hybridize.distillation.run  # noqa: F401 - paid for once, before the forks
 
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))  # so is what libraries do for the first model that they load
+    sys.stdout.write(READY)
+    sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                status = child(Path(request.pop("folder")), **request)
+                status = child(**request)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -142,7 +142,8 @@ def test_bfloat16_is_the_rounding_of_the_weights_and_of_nothing_else(project, ex
     assert torch.equal(logits(load_hybrid(exported, dtype=torch.bfloat16)), logits(model))
 
 
-def test_shards_hold_the_same_weights(project, exported, tmp_path):
+def test_shards_hold_the_same_weights(project, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "subprocess", subprocess)  # read back by an interpreter of its own
     sharded = export(
         project / "converted", tmp_path / "sharded", settings=Export(dtype="bfloat16", max_shard_bytes=20_000)
     )
@@ -154,6 +155,13 @@ def test_shards_hold_the_same_weights(project, exported, tmp_path):
 def test_a_folder_that_generates_something_else_gets_no_name(project, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "greedy", lambda model, prompt: [-1])
     with pytest.raises(VerificationError, match="other tokens"):
+        export(project / "converted", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_load_elsewhere_gets_no_name(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "bundle", lambda *_: {"modeling_hybridize.py": "raise OSError('no such code')"})
+    with pytest.raises(VerificationError, match=r"does not load without hybridize: OSError: no such code"):
         export(project / "converted", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
