@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +36,11 @@ class LateNumbers(Generic[Note]):
         self._on_gpu = device.type == "cuda"
         self._behind = 1 if self._on_gpu else 0
         self._waiting: deque[_OnTheWay[Note]] = deque()
+        self._last: Any = None
+        self._read_at = time.perf_counter()
+        self.seconds = 0.0
+        """What the step read last took, from the end of the one before it: by the device's own clock on a GPU, where
+        several steps may be read at once."""
 
     def put(self, note: Note, scalars: Mapping[str, Tensor]) -> None:
         """Sends named scalars on their way; `note` comes back with them."""
@@ -43,16 +49,20 @@ class LateNumbers(Generic[Note]):
         if self._on_gpu:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             arrived.record()
         self._waiting.append(_OnTheWay(note, tuple(scalars), values, arrived))
 
-    def read(self, *, everything: bool = False) -> list[tuple[Note, dict[str, float]]]:
+    def read(self, *, everything: bool = False) -> Iterator[tuple[Note, dict[str, float]]]:
         """What is due, oldest first: all but the newest step's on a GPU, or everything."""
-        count = len(self._waiting) - (0 if everything else self._behind)
-        return [self._wait_for(self._waiting.popleft()) for _ in range(count)]
+        for _ in range(len(self._waiting) - (0 if everything else self._behind)):
+            yield self._wait_for(self._waiting.popleft())
 
     def _wait_for(self, sent: _OnTheWay[Note]) -> tuple[Note, dict[str, float]]:
         if sent.arrived is not None:
             sent.arrived.synchronize()
+        now = time.perf_counter()
+        timed = self._last is not None and sent.arrived is not None
+        self.seconds = self._last.elapsed_time(sent.arrived) / 1000 if timed else now - self._read_at
+        self._last, self._read_at = sent.arrived, now
         return sent.note, dict(zip(sent.names, sent.values.tolist(), strict=True))

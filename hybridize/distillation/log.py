@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,13 +70,14 @@ class StepLog:
 
     def __init__(self, metrics: MetricsFile | None, task: Task) -> None:
         self.metrics, self.task = metrics, task
-        self._read_at = time.perf_counter()
 
-    def write(self, note: StepNote, numbers: Mapping[str, float], progress: Progress) -> None:
-        """Writes a step's numbers, once they are known; `progress` is where the run was after it."""
-        now = time.perf_counter()
-        tokens_per_s = note.tokens / max(now - self._read_at, 1e-9)
-        self._read_at = now
+    def write(self, note: StepNote, numbers: Mapping[str, float], progress: Progress, seconds: float) -> None:
+        """Writes a step's numbers, once they are known.
+
+        Args:
+            progress: where the run was after it. seconds: what it took.
+        """
+        tokens_per_s = note.tokens / max(seconds, 1e-9)
         mixers = {index: dict(named) for index, named in note.mixers.items()}
         for name, value in numbers.items():
             if name.startswith(_MIXER):

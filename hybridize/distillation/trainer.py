@@ -287,7 +287,7 @@ class Trainer:
                 folder, own_loss = self.state.folder.parent, bool(flags[OWN_BAD])
                 fail(folder, note, found, self.student, self.processes, self._autocast(), own_loss=own_loss)
             self._stop_seen |= flags[STOP] > 0
-            log.write(note, found, progress)
+            log.write(note, found, progress, numbers.seconds)
 
     def _advance(self, index: int, stage_step: int, place: dict[str, Any] | None, *, fresh: bool) -> None:
         """Counts a step; `place` is that in the data after its micro-batches, None if they will be used again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_cpu_numbers_are_read_at_once() -> None:
     numbers: LateNumbers[str] = LateNumbers(CPU)
-    assert numbers.read() == []
+    assert list(numbers.read()) == []
     numbers.put("a", {"x": torch.tensor(0.5), "y": torch.tensor(2)})
-    assert numbers.read() == [("a", {"x": 0.5, "y": 2.0})]
-    assert numbers.read(everything=True) == []
+    assert list(numbers.read()) == [("a", {"x": 0.5, "y": 2.0})]
+    assert list(numbers.read(everything=True)) == []
 
 
 @pytest.mark.usefixtures("late")
@@ -71,19 +72,37 @@ def test_a_gpu_is_not_waited_for() -> None:
 
     for step in range(2):  # the first pinned memory is waited for, and so are kernels that are loaded
         queue(step, 1)
-    numbers.read(everything=True)
+    assert len(list(numbers.read(everything=True))) == 2
     torch.cuda.synchronize()
     for step in range(2):
         queue(step, 100)
         last = torch.cuda.Event()
         last.record()
-        found = numbers.read()
+        found = list(numbers.read())
         assert not last.query(), "the step that was just queued is still being computed"
         assert [note for note, _ in found] == [0] * step
     (note, named), *more = numbers.read(everything=True)
     assert (note, more) == (1, [])
     assert named["step"] == 1.0
     assert named["x"] == pytest.approx(4096.0, rel=1e-4)  # rows of length one
+
+
+@pytest.mark.gpu
+def test_a_step_takes_what_the_gpu_took_whenever_the_host_looks() -> None:
+    device = torch.device("cuda")
+    numbers: LateNumbers[int] = LateNumbers(device)
+    weight, found = torch.randn(4096, 4096, device=device), {}
+    for count in (1, 1, 20, 80):
+        product = weight
+        for _ in range(count):
+            product = torch.nn.functional.normalize(product @ weight)
+        numbers.put(count, {"x": product.sum()})
+    torch.cuda.synchronize()
+    time.sleep(0.5)
+    for note, _ in numbers.read(everything=True):
+        found[note] = numbers.seconds
+    assert found[80] == pytest.approx(4 * found[20], rel=0.3)
+    assert found[80] < 0.5
 
 
 # The trainer, when the numbers come late.
