@@ -100,3 +100,7 @@ class InterruptedError_(HybridizeError):
     """A signal ended the run before anything was worth saving."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+MET_BY_ALL = (UsageError, RecipeError, CheckpointError, StoppedError, InterruptedError_)
+"""Of several processes of a run, each meets these; the first one tells them."""

@@ -8,21 +8,21 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import click
 
 from hybridize.cli.app import Settings
-from hybridize.cli.environment import num_processes, process_number
+from hybridize.cli.environment import num_processes
 from hybridize.errors import (
     EXIT_BUG,
-    EXIT_CHECKPOINT,
     EXIT_INTERRUPTED,
-    EXIT_RECIPE,
     EXIT_RESOURCE,
     EXIT_USAGE,
-    CheckpointError,
+    MET_BY_ALL,
     HybridizeError,
     InterruptedError_,
     ProcessLostError,
@@ -42,9 +42,8 @@ _EXHAUSTED = {
     errno.EPERM,
     errno.ENOMEM,
 }
-_MET_BY_ALL = (UsageError, RecipeError, CheckpointError, StoppedError, InterruptedError_)
-"""Of several processes, each meets these."""
-_TOLD_BY_FIRST = {EXIT_USAGE, EXIT_RECIPE, EXIT_CHECKPOINT}
+_unsaid: list[Callable[[], None]] = []
+"""What tells an error that the first process is to tell."""
 TELLS_WITHIN_S = 10.0
 """How far the first process may be behind one that ends quietly."""
 _MEMORY_HINT = (
@@ -56,10 +55,19 @@ _BUG_HINT = "This is a bug in hybridize. Please report it with the lines below a
 
 def show_ending(error: BaseException, settings: Settings) -> int:
     """Tells the user why the command ended; returns the exit code."""
-    known, code = _as_known(_reason(error))
+    error = _reason(error)
+    known, code = _as_known(error)
+    if settings.output.process and isinstance(known, MET_BY_ALL) and not isinstance(known, ProcessLostError):
+        if not isinstance(known, StoppedError | InterruptedError_):
+            _unsaid.append(partial(_tell, error, settings))
+        return code
+    _tell(error, settings)
+    return code
+
+
+def _tell(error: BaseException, settings: Settings) -> None:
+    known, code = _as_known(error)
     output = settings.output
-    if output.process and isinstance(known, _MET_BY_ALL) and not isinstance(known, ProcessLostError):
-        return code  # the first process tells it
     if settings.debug:
         output.traceback("".join(traceback.format_exception(error)))
     record: dict[str, Any] = {
@@ -77,7 +85,6 @@ def show_ending(error: BaseException, settings: Settings) -> int:
         record["environment"] = short_environment()
         record["at"] = _last_frame(error)
     output.error(record, _text(record))
-    return code
 
 
 def show_loss(error: ProcessLostError, settings: Settings) -> None:
@@ -93,8 +100,9 @@ def leave(code: int) -> NoReturn:
     messages to processes that are no more.
     """
     if code and num_processes() > 1:
-        if process_number() and code in _TOLD_BY_FIRST:
-            _let_first_tell()
+        if _unsaid and not _first_has_told():
+            for tell in _unsaid:
+                tell()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
@@ -102,15 +110,16 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _let_first_tell() -> None:
+def _first_has_told() -> bool:
     """Waits for the launcher's signal, which comes when the first process has told why all of them end, and ended.
 
-    Were this one gone before, the launcher would end the first one before it had.
+    Were this one gone before, the launcher would end the first one before it had. No signal: the first one has not met
+    the error, a file that is missing on one machine, say.
     """
     came = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: came.set())
-    came.wait(TELLS_WITHIN_S)
+    return came.wait(TELLS_WITHIN_S)
 
 
 def _reason(error: BaseException) -> BaseException:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,8 +53,9 @@ def fail(
         (name for name, value in numbers.items() if not math.isfinite(value) and name != "grad_norm"),
         key=lambda name: name in ("loss", "error"),  # sums and means say less than their parts
     )
+    layers = [int(name.removeprefix("layer_")) for name in bad if name.startswith("layer_")]
     if bad and not own_loss:
-        if processes.sharding is not None:  # the process that looks needs the parts of the others
+        if processes.sharding is not None and not layers:  # the process that looks needs the parts of the others
             with autocast:
                 first_bad_layer(student.model, note.batches)
         raise NumbersError("A loss in another process is not finite; that process says which.", where=where)
@@ -62,8 +63,8 @@ def fail(
     found: dict[str, Any]
     if bad:
         what = f"{bad[0].replace('_', ' ').capitalize()} is not finite ({numbers[bad[0]]})"
-        layers = [int(name.removeprefix("layer_")) for name in bad if name.startswith("layer_")]
-        with autocast:
+        alone = nullcontext() if processes.sharding is not None else processes.undisturbed()  # the others have ended
+        with autocast, alone:
             layer = layers[0] if layers else first_bad_layer(student.model, note.batches)
         found = {"losses": numbers, "layer": layer}
     else:

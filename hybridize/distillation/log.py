@@ -30,7 +30,7 @@ class StepNote:
         norms: of its gradients.
         mixers: numbers of mixers that the host has, by layer.
         logged: whether the step gets a line.
-        peak_bytes: the most that this process ever had of its GPU's memory; 0 on a CPU, and in steps without a line.
+        peak_bytes: the most that this process had of its GPU's memory in the stage; 0 on a CPU, and without a line.
     """
 
     stage: Stage

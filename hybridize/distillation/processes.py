@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 
-from hybridize.distillation.lifeline import Lifeline, Tell, connect
+from hybridize.distillation.lifeline import Lifeline, Tell
+from hybridize.distillation.meeting import connect
 from hybridize.distillation.sharding import is_sharded, requested_sharding
 from hybridize.errors import EXIT_BUG, EXIT_INTERRUPTED, ProcessLostError, RecipeError, UsageError
 from hybridize.recipe.schema import Distill, Stage

@@ -23,7 +23,7 @@ from hybridize.distillation.lora import Student
 from hybridize.distillation.memory import GpuMeter, Meter
 from hybridize.distillation.processes import Processes
 from hybridize.distillation.schedule import Shape, batch_shape
-from hybridize.distillation.sharding import gathered_bytes, keep_gathered, own_part
+from hybridize.distillation.sharding import Sharding, gathered_bytes, keep_gathered, own_part
 from hybridize.distillation.stages import Step
 from hybridize.model.training_form import checkpointed
 from hybridize.progress import Reporter
@@ -140,14 +140,20 @@ class Probe:
         step: of the stage, with its parameters unfrozen. Its teacher must not keep what it is asked.
         meter: of the device's memory.
         data: whether documents have bounds.
-        sharded: all processes go through every pass together, and none may run out of memory.
+        sharding: of the weights; then all processes go through every pass together, and none may run out of memory.
     """
 
     def __init__(
-        self, step: Step, student: Student, meter: Meter, data: Data, device: torch.device, *, sharded: bool = False
+        self,
+        step: Step,
+        student: Student,
+        meter: Meter,
+        data: Data,
+        device: torch.device,
+        sharding: Sharding | None = None,
     ) -> None:
         self.step, self.student, self.meter, self.data, self.device = step, student, meter, data, device
-        self.sharded = sharded
+        self.sharding = sharding
 
     def decide(self, largest: Shape, agree: Callable[[int], int]) -> Decision:
         """Which layers have to be computed again for micro-batches of this shape.
@@ -165,7 +171,9 @@ class Probe:
         tokens = _tokens(largest)
         without = self._line(largest, (), fits_all).at(tokens) + optimizer_bytes
         if fits_all(without):
-            keeps_gathered = self.sharded and fits_all(without + gathered_bytes(self.student.model))
+            keeps_gathered = self.sharding is not None and (
+                not self.sharding.reshard_after_forward or fits_all(without + gathered_bytes(self.student.model))
+            )
             return Decision((), without, capacity, fits=True, keeps_gathered=keeps_gathered)
         with_all = self._line(largest, range(num_layers), fits_all).at(tokens) + optimizer_bytes
         count = agree(layers_needed(without, with_all, capacity, num_layers))
@@ -174,7 +182,7 @@ class Probe:
 
     def _line(self, largest: Shape, recomputed: Sequence[int], fits_all: Callable[[float], bool]) -> Line:
         checkpointed(self.student.model, recomputed)
-        if not self.sharded:
+        if self.sharding is None:
             return Line.through([(_tokens(shape), self._bytes(shape)) for shape in probe_shapes(largest)])
         points: list[tuple[int, float]] = []
         for shape in growing_shapes(largest):
@@ -194,7 +202,7 @@ class Probe:
                     self.step.backward(self.step.prepare(batch), 0.5, measure=True)
                 peak = self.meter.peak_bytes()
             except torch.OutOfMemoryError:
-                if self.sharded:
+                if self.sharding is not None:
                     raise
                 # Else it is the answer.
         return peak
@@ -249,7 +257,7 @@ def observed_once(student: Student) -> Iterator[None]:
         mixer.give_observations([*observations, *mixer.take_observations()[:1]])
 
 
-def apply_need(
+def recompute_by_need(
     stage: Stage, data: Data, student: Student, step: Step, processes: Processes, reporter: Reporter
 ) -> None:
     """Computes as many layers again in a stage as its largest micro-batch needs to fit, the same in all processes.
@@ -274,7 +282,7 @@ def apply_need(
         votes[number] = 1
         return int(processes.sum(votes).nonzero().max())
 
-    probe = Probe(step, student, meter, data, processes.device, sharded=sharding is not None)
+    probe = Probe(step, student, meter, data, processes.device, sharding)
     decision = probe.decide(largest_shape(stage, data), agree)
     checkpointed(student.model, decision.layers)
     if decision.keeps_gathered:

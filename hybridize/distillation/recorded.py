@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hybridize.distillation.data import Batch
 from hybridize.distillation.lora import Group, Student
 from hybridize.distillation.losses import Target
+from hybridize.distillation.sharding import is_sharded
 from hybridize.distillation.stages import Distil, Measured
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.top_k import TopK
@@ -207,7 +208,7 @@ def recorded(step: Any, student: Student, tokens: int, device: torch.device, not
     Args:
         tokens: of a micro-batch.
     """
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in student.trained().values())
+    sharded = any(map(is_sharded, student.trained().values()))
     operations = 6 * tokens * sum(parameter.numel() for parameter in student.model.parameters())
     can_be = isinstance(step, Distil) and device.type == "cuda" and not sharded and not recomputed_layers(student.model)
     if not can_be or operations > MOST_OPERATIONS:

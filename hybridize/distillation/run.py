@@ -95,6 +95,7 @@ def distill(
             stages = fit_processes(recipe.distill, begun_with, processes.count)
             _train(Job(stages, pinned, plan, run, base, offline, identity), processes, reporter, stop)
         if processes.any(bool(stop)):  # came after the last step: what follows would not hear of it
+            stop.met = True
             raise StoppedError(f"Stopped by {stop.name}; the training is complete.")
     return adapter
 

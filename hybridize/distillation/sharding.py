@@ -207,7 +207,7 @@ def own_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Param
     }
 
 
-def connect(optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+def give_gradients(optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
     """Lets an optimiser of own parts find the gradients of the parameters that these are parts of.
 
     Args:

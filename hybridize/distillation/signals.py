@@ -23,6 +23,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.met = False
+        """Everything is saved and this process about to end: the launcher, when others have, need not end it."""
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -49,6 +51,8 @@ def stop_requests(*, launched: bool = False) -> Iterator[StopRequest]:
 
     def hear(number: int, frame: FrameType | None) -> None:
         nonlocal first_at
+        if request.met:
+            return
         if not request:
             request.signal, first_at = signal.Signals(number), time.monotonic()
             if launched:

@@ -27,7 +27,7 @@ from hybridize.distillation.log import StepLog, StepNote, mixer_numbers
 from hybridize.distillation.lora import Student
 from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.processes import Processes
-from hybridize.distillation.recomputation import apply_need, observed_once
+from hybridize.distillation.recomputation import observed_once, recompute_by_need
 from hybridize.distillation.recorded import recorded
 from hybridize.distillation.run_state import (
     Progress,
@@ -38,7 +38,7 @@ from hybridize.distillation.run_state import (
     restore_random_states,
 )
 from hybridize.distillation.schedule import Shape, batch_shape, learning_rates, ramp_progress
-from hybridize.distillation.sharding import connect, gather, own_parameters, own_part, part_like
+from hybridize.distillation.sharding import gather, give_gradients, own_parameters, own_part, part_like
 from hybridize.distillation.signals import StopRequest
 from hybridize.distillation.stages import Measured, Step, TeacherAnswers, make_step
 from hybridize.distillation.teacher_cache import CachedTeacher
@@ -121,6 +121,7 @@ class Trainer:
         step = make_step(stage, self.student, self.teacher, self._autocast())
         self.student.model.train()
         self._set_gradient_checkpointing(stage)
+        self._begin_peak()
         shape, _ = self._wanted(index, 0)
         tokens = shape.sequences * shape.tokens
         step = recorded(step, self.student, tokens, self.processes.device, self.reporter.note)
@@ -252,7 +253,7 @@ class Trainer:
         ]
         optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=stage.weight_decay, fused=True)
         optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # fused optimisers skip a step where it is 1
-        connect(optimizer, ((own, trained[name]) for name, own in self._own.items()))
+        give_gradients(optimizer, ((own, trained[name]) for name, own in self._own.items()))
         return optimizer
 
     def _schedule_mixers(self, progress: float, sequence_tokens: int) -> None:
@@ -265,10 +266,14 @@ class Trainer:
             # By the teacher itself: what is asked here is not worth storing.
             teacher = self.teacher.teacher if isinstance(self.teacher, CachedTeacher) else self.teacher
             step = make_step(stage, self.student, teacher, self._autocast())
-            apply_need(stage, self.data, self.student, step, self.processes, self.reporter)
+            recompute_by_need(stage, self.data, self.student, step, self.processes, self.reporter)
             return
         again = wanted is True and stage.kind != "align"
         checkpointed(self.student.model, range(self.student.model.config.num_hidden_layers) if again else ())
+
+    def _begin_peak(self) -> None:
+        if self.processes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.processes.device)
 
     def _peak_bytes(self) -> int:
         device = self.processes.device
@@ -348,6 +353,7 @@ class Trainer:
         if self.progress.step == 0:
             raise InterruptedError_(f"Stopped by {name} before the first step.", hint="Run the same command to begin.")
         self._save(optimizer, numbers, log)
+        self.stop.met = True
         raise StoppedError(f"Stopped by {name} after step {self.progress.step}; the state is saved.")
 
 

@@ -24,8 +24,9 @@ import torch
 
 from hybridize.cli import endings
 from hybridize.cli.app import Settings
-from hybridize.distillation import lifeline, signals
-from hybridize.distillation.lifeline import Lifeline, connect
+from hybridize.distillation import lifeline, meeting, signals
+from hybridize.distillation.lifeline import Lifeline
+from hybridize.distillation.meeting import connect
 from hybridize.distillation.processes import Processes, losses_told
 from hybridize.distillation.signals import stop_requests
 from hybridize.errors import InterruptedError_, ProcessLostError, StoppedError, UsageError
@@ -266,7 +267,7 @@ def test_the_others_come_after_the_first_and_meet_what_it_met(group: Group) -> N
 
 
 def test_strangers_are_not_taken_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifeline, "_GREET_S", 0.2)
+    monkeypatch.setattr(meeting, "_GREET_S", 0.2)
     for local in ("3", "1"):  # all on one machine, and not
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -276,7 +277,7 @@ def test_strangers_are_not_taken_for_processes(monkeypatch: pytest.MonkeyPatch) 
 
         def from_first(numbers: list[int], told: list[int] = told, strangers: list[socket.socket] = strangers) -> Any:
             if any(numbers):
-                for greeting in (b"GET /", lifeline._GREETING.pack(numbers[1] ^ 1, 1), b""):
+                for greeting in (b"GET /", meeting._GREETING.pack(numbers[1] ^ 1, 1), b""):
                     strangers.append(socket.create_connection(("127.0.0.1", numbers[0])))
                     strangers[-1].sendall(greeting)
                 told += numbers

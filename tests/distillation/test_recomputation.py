@@ -31,6 +31,7 @@ from hybridize.distillation.recomputation import (
 )
 from hybridize.distillation.run import prepare_pair
 from hybridize.distillation.schedule import Shape
+from hybridize.distillation.sharding import Sharding
 from hybridize.distillation.stages import Step, make_step
 from hybridize.distillation.teacher import Teacher
 from hybridize.mixers.registry import config_from_dict
@@ -42,6 +43,7 @@ from tests.tiny import tiny_teacher
 DATA = Data(train=(TextSource("*.txt"),), sequence_tokens=64)
 STAGE = Stage("distill", "distill", steps=8, batch_sequences=3)
 EVICTION = {"mixer": "token_eviction", "window_tokens": 14, "sink_tokens": 2, "budget_tokens": 8}
+SHARDED = Sharding("cpu")
 LAYERS = ({"mixer": "full_attention"}, EVICTION, {"mixer": "gated_delta_net"}, EVICTION)
 CPU = torch.device("cpu")
 
@@ -96,8 +98,8 @@ class FakeMeter:
         return self._bytes()
 
 
-def decide(meter: FakeMeter, step: Step, largest: Shape, *, sharded: bool = False) -> Decision:
-    return Probe(step, meter.student, meter, DATA, CPU, sharded=sharded).decide(largest, lambda number: number)
+def decide(meter: FakeMeter, step: Step, largest: Shape, sharding: Sharding | None = None) -> Decision:
+    return Probe(step, meter.student, meter, DATA, CPU, sharding).decide(largest, lambda number: number)
 
 
 # The choice.
@@ -235,7 +237,7 @@ def test_what_is_not_foreseen_to_fit_is_not_tried() -> None:
     student, step = pair()
     capacity = 1000 + 40 * 700.0
     meter = FakeMeter(student, capacity, fails_above_bytes=capacity)
-    decision = decide(meter, step, Shape(40, 64), sharded=True)
+    decision = decide(meter, step, Shape(40, 64), SHARDED)
     assert meter.seen == [(256, 0), (512, 0), (256, 4), (512, 4), (1024, 4), (2048, 4)]
     optimizer = 8 * sum(p.numel() for p in student.trained().values())
     assert decision.need_bytes == pytest.approx(1000 + 2560 * 40 + optimizer)
@@ -247,7 +249,7 @@ def test_what_is_not_foreseen_to_fit_is_not_tried() -> None:
 def test_a_smallest_probe_that_does_not_fit_ends_the_run() -> None:
     student, step = pair()
     with pytest.raises(torch.OutOfMemoryError):
-        decide(FakeMeter(student, capacity=1e9, fails_above_bytes=2000), step, Shape(40, 64), sharded=True)
+        decide(FakeMeter(student, capacity=1e9, fails_above_bytes=2000), step, Shape(40, 64), SHARDED)
 
 
 @pytest.mark.parametrize(("room", "kept"), [(5001.0, True), (4999.0, False)])
@@ -255,10 +257,12 @@ def test_gathered_weights_stay_where_there_is_room(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(recomputation, "gathered_bytes", lambda model: 5000)
     student, step = pair()
     need = 1000 + 384 * 40 + 8 * sum(p.numel() for p in student.trained().values())
-    decision = decide(FakeMeter(student, capacity=need + room), step, Shape(6, 64), sharded=True)
+    decision = decide(FakeMeter(student, capacity=need + room), step, Shape(6, 64), SHARDED)
     assert (decision.layers, decision.keeps_gathered) == ((), kept)
     assert ("stay gathered" in decision.sentence(STAGE, 4)) == kept
     assert not decide(FakeMeter(student, capacity=need + room), step, Shape(6, 64)).keeps_gathered
+    asked = Sharding("cpu", reshard_after_forward=False)  # by the launcher: they are kept anyway, and were measured so
+    assert decide(FakeMeter(student, capacity=need + room), step, Shape(6, 64), asked).keeps_gathered
 
 
 # Harmlessness.
@@ -299,11 +303,9 @@ def test_probe_leaves_no_trace(used: bool) -> None:
         assert torch.equal(tensor, after["tensors"][name]), name
     assert all(after["gradients"][name] is gradient for name, gradient in before["gradients"].items())
     assert after["observed"] == before["observed"] == [int(used), 0, int(used)]
-    assert all(
-        a[name] is value
-        for a, b in zip(after["auxiliary"], before["auxiliary"], strict=True)
-        for name, value in b.items()
-    )
+    for left, there in zip(after["auxiliary"], before["auxiliary"], strict=True):
+        assert left.keys() == there.keys()
+        assert all(left[name] is value for name, value in there.items())
     assert after["training"] == before["training"]
     assert torch.equal(before["random"], after["random"])
 

@@ -69,8 +69,7 @@ def test_frozen_weights_exist_once_in_each_process() -> None:
     )
 
 
-def test_teacher_computes_with_the_weights_in_common() -> None:
-    """With the other's halves put in their places, both passes give what whole weights give."""
+def test_teacher_gathers_the_weights_in_common() -> None:
     student, teacher = sharded_pair()
     weight = teacher.model.model.layers[0].mlp.up_proj.weight
     assert weight is student.model.model.layers[0].mlp.up_proj.base_layer.weight
