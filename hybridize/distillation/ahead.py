@@ -65,5 +65,5 @@ class Ahead:
         self._waiting = self._thread.submit(self._fetch, shape, count)
 
     def _fetch(self, shape: Shape, count: int) -> Fetched:
-        batches = tuple(self._sequences.next_batch(shape.sequences, shape.tokens) for _ in range(count))
+        batches = self._sequences.next_batches(count, shape.sequences, shape.tokens)
         return Fetched(batches, self._sequences.state_dict())

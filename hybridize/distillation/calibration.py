@@ -332,10 +332,10 @@ class RandomSequences(PackedSequences):
         self.vocabulary = vocabulary
         self._generator = torch.Generator().manual_seed(seed)
 
-    def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
-        shape = (num_sequences, sequence_tokens)
+    def next_batches(self, count: int, num_sequences: int, sequence_tokens: int) -> tuple[Batch, ...]:
+        shape = (count, num_sequences, sequence_tokens)
         tokens: Tensor = torch.randint(0, self.vocabulary, shape, generator=self._generator)
-        return Batch(tokens, documents=())
+        return tuple(Batch(each, documents=()) for each in tokens)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

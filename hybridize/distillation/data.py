@@ -220,18 +220,29 @@ class PackedSequences:
             document_boundaries=data.document_boundaries,
         )
 
-    def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
-        """The next sequences [num_sequences, sequence_tokens] of this process."""
-        rows: list[list[int]] = []
-        documents: list[tuple[str, int]] = []
+    def next_batches(self, count: int, num_sequences: int, sequence_tokens: int) -> tuple[Batch, ...]:
+        """The next `count` micro-batches [num_sequences, sequence_tokens] of this process.
+
+        Those of all processes take turns with the sequences: n micro-batches of one process are one of each of n.
+        """
+        rows: list[list[list[int]]] = [[] for _ in range(count)]
+        documents: list[list[tuple[str, int]]] = [[] for _ in range(count)]
         for _ in range(num_sequences):
-            for process in range(self.num_processes):
-                tokens, taken = self._take(sequence_tokens)
-                if process == self.rank:
-                    rows.append(tokens)
-                    documents += taken
+            for number in range(count):
+                for process in range(self.num_processes):
+                    tokens, taken = self._take(sequence_tokens)
+                    if process == self.rank:
+                        rows[number].append(tokens)
+                        documents[number] += taken
+        return tuple(map(self._batch, rows, documents))
+
+    def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
+        """The next micro-batch [num_sequences, sequence_tokens] of this process, one that is a whole step."""
+        return self.next_batches(1, num_sequences, sequence_tokens)[0]
+
+    def _batch(self, rows: list[list[int]], documents: list[tuple[str, int]]) -> Batch:
         ids = tuple(dict.fromkeys(identity for identity, _ in documents))
-        return Batch(torch.tensor(rows, dtype=torch.int64), ids, self._bounds(documents, num_sequences))
+        return Batch(torch.tensor(rows, dtype=torch.int64), ids, self._bounds(documents, len(rows)))
 
     def _bounds(self, documents: list[tuple[str, int]], num_sequences: int) -> Tensor | None:
         # A document that goes on in the next row is listed once a row.

@@ -81,19 +81,16 @@ class Case:
 
 
 class RandomSequences:
-    """Random tokens in place of a stream of documents; each row is one text.
-
-    Processes take turns with the rows, so that a step has the same ones however many processes share it.
-    """
+    """Random tokens in place of a stream of documents; each row is one text, dealt out as `PackedSequences` does."""
 
     def __init__(self, vocabulary: int, rank: int, num: int) -> None:
         self.vocabulary, self.rank, self.num = vocabulary, rank, num
         self.generator = torch.Generator().manual_seed(0)
 
-    def next_batch(self, num_sequences: int, sequence_tokens: int) -> Batch:
-        shape = (num_sequences * self.num, sequence_tokens)
-        tokens = torch.randint(self.vocabulary, shape, generator=self.generator)
-        return Batch(tokens[self.rank :: self.num].contiguous(), ("random",))
+    def next_batches(self, count: int, num_sequences: int, sequence_tokens: int) -> tuple[Batch, ...]:
+        shape = (num_sequences, count, self.num, sequence_tokens)
+        tokens = torch.randint(self.vocabulary, shape, generator=self.generator)[:, :, self.rank]
+        return tuple(Batch(each.contiguous(), ("random",)) for each in tokens.unbind(1))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridize.distillation.ahead import Ahead
-from hybridize.distillation.data import DocumentStream, PackedSequences
+from hybridize.distillation.data import Batch, DocumentStream, PackedSequences
 from hybridize.distillation.schedule import Shape
 from hybridize.errors import CheckpointError
 from hybridize.recipe.documents import Document
@@ -36,7 +36,7 @@ def test_the_batches_and_places_are_those_of_the_stream() -> None:
         for step, following in zip(STEPS, [*STEPS[1:], None], strict=True):
             fetched = ahead.take(*step, following)
             shape, count = step
-            expected = [straight.next_batch(shape.sequences, shape.tokens) for _ in range(count)]
+            expected = straight.next_batches(count, shape.sequences, shape.tokens)
             assert len(fetched.batches) == count
             for found, wanted in zip(fetched.batches, expected, strict=True):
                 assert torch.equal(found.tokens, wanted.tokens)
@@ -68,10 +68,10 @@ def test_a_batch_is_made_while_nobody_waits_for_it() -> None:
     made = threading.Event()
 
     class Watched(PackedSequences):
-        def next_batch(self, num_sequences: int, sequence_tokens: int) -> object:  # type: ignore[override]
+        def next_batches(self, count: int, num_sequences: int, sequence_tokens: int) -> tuple[Batch, ...]:
             if threading.current_thread() is not threading.main_thread() and sequence_tokens == 16:
                 made.set()
-            return super().next_batch(num_sequences, sequence_tokens)
+            return super().next_batches(count, num_sequences, sequence_tokens)
 
     watched = Watched([DocumentStream(documents, "0", 4)], [1.0], encode)
     with Ahead(watched) as ahead:

@@ -119,6 +119,22 @@ def test_processes_share_the_sequences_out() -> None:
     assert [row for pair in zip(*parts, strict=True) for row in pair] == alone
 
 
+@pytest.mark.parametrize(("count", "num_processes"), [(2, 2), (4, 2), (3, 3), (2, 1)])
+def test_micro_batches_are_the_same_whoever_takes_them(count: int, num_processes: int) -> None:
+    alone = packed(documents(10, 6), num_lanes=3)
+    several = [packed(documents(10, 6), num_lanes=3, rank=r, num_processes=num_processes) for r in range(num_processes)]
+    for _ in range(2):
+        expected = alone.next_batches(count, 3, 8)
+        shared = [process.next_batches(count // num_processes, 3, 8) for process in several]
+        found = [batch for micro_batches in zip(*shared, strict=True) for batch in micro_batches]
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.tokens, other.tokens)
+            assert one.documents == other.documents
+            assert one.bounds is not None
+            assert torch.equal(one.bounds, other.bounds)
+    assert [process.state_dict() for process in several] == [alone.state_dict()] * num_processes
+
+
 def test_any_number_of_processes_goes_on_from_a_place() -> None:
     def make(rank: int = 0, num_processes: int = 1) -> PackedSequences:
         sources = documents(10, 5), documents(500, 3, 11)
