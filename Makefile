@@ -10,7 +10,7 @@ JOBS ?= 2
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format gpu-test bench fuzz clean
+.PHONY: help demo test check format gpu-test bench scaling fuzz clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -58,7 +58,7 @@ format: $(VENV)/installed-dev  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu-test: $(VENV)/installed-dev  ## the tests that need a CUDA GPU
+gpu-test: $(VENV)/installed-dev  ## the tests that need a CUDA GPU, and those that need two
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/installed-dev  ## time the kernels beside their peers on this CUDA GPU (minutes); rows go to kernels/benchmarks/results
@@ -68,6 +68,9 @@ bench: $(VENV)/installed-dev  ## time the kernels beside their peers on this CUD
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation_loss.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/layer_ops.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation.py
+
+scaling: $(VENV)/installed-dev  ## time distillation on one CUDA GPU and on all that are here; rows go to recipes/results
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation_scaling.py
 
 fuzz: $(VENV)/installed-dev  ## the property tests, with many more examples than `make test` gives them
 	$(TEST_ENV) HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -k "fuzz or property"
