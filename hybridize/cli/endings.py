@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -44,6 +45,7 @@ _EXHAUSTED = {
 }
 _unsaid: list[Callable[[], None]] = []
 """What tells an error that the first process is to tell."""
+_launcher_came = threading.Event()
 TELLS_WITHIN_S = 10.0
 """How far the first process may be behind one that ends quietly."""
 _MEMORY_HINT = (
@@ -116,10 +118,14 @@ def _first_has_told() -> bool:
     Were this one gone before, the launcher would end the first one before it had. No signal: the first one has not met
     the error, a file that is missing on one machine, say.
     """
-    came = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: came.set())
-    return came.wait(TELLS_WITHIN_S)
+        signal.signal(each, hear_launcher)
+    return _launcher_came.wait(TELLS_WITHIN_S)
+
+
+def hear_launcher(number: int, frame: FrameType | None) -> None:
+    """A handler for the signal with which a launcher ends a process because another one has ended."""
+    _launcher_came.set()
 
 
 def _reason(error: BaseException) -> BaseException:

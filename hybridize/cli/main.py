@@ -13,7 +13,7 @@ import click
 
 from hybridize import __version__
 from hybridize.cli.app import LazyGroup, Settings, global_options
-from hybridize.cli.endings import leave, show_ending
+from hybridize.cli.endings import hear_launcher, leave, show_ending
 from hybridize.cli.environment import num_processes
 
 SECTIONS = {
@@ -62,11 +62,11 @@ def run(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Ignores signals while one of several processes tells why it ends: when one has, the launcher ends all others."""
+    """Only hears signals while one of several processes tells why it ends: once one has, the others are ended."""
     if num_processes() == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGTERM, signal.SIGINT)}
+    previous = {each: signal.signal(each, hear_launcher) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

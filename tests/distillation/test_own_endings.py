@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ import torch
 
 from hybridize.cli import endings
 from hybridize.cli.app import Settings
+from hybridize.cli.main import deaf
 from hybridize.distillation import failure, lifeline, signals
 from hybridize.distillation.gradients import Norms
 from hybridize.distillation.lifeline import Lifeline
@@ -92,6 +94,7 @@ def second_process(monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(endings, "_unsaid", [])
+    monkeypatch.setattr(endings, "_launcher_came", threading.Event())
     monkeypatch.setattr(endings, "TELLS_WITHIN_S", 0.2)
 
     def leave(code: int) -> None:
@@ -109,6 +112,17 @@ def own_handlers() -> Iterator[None]:
     yield
     for each, handler in before.items():
         signal.signal(each, handler)
+
+
+def test_a_signal_while_it_tells_is_not_forgotten(second_process: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endings, "TELLS_WITHIN_S", 60)
+    endings.show_ending(CheckpointError("Not there."), second_process)
+    with deaf():
+        signal.raise_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    with pytest.raises(SystemExit):
+        endings.leave(4)
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("first_ends", [True, False])
