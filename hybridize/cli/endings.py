@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
-import signal
-import sys
-import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from hybridize.cli.app import Settings
 from hybridize.cli.environment import num_processes
+from hybridize.cli.several import leave_to_first
 from hybridize.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -43,11 +37,6 @@ _EXHAUSTED = {
     errno.EPERM,
     errno.ENOMEM,
 }
-_unsaid: list[Callable[[], None]] = []
-"""What tells an error that the first process is to tell."""
-_launcher_came = threading.Event()
-TELLS_WITHIN_S = 10.0
-"""How far the first process may be behind one that ends quietly."""
 _MEMORY_HINT = (
     "Lower distill.stages.N.batch_sequences (raise accumulate to match), data.sequence_tokens or a probe's "
     "context_tokens, or set distill.gradient_checkpointing: true."
@@ -60,8 +49,8 @@ def show_ending(error: BaseException, settings: Settings) -> int:
     error = _reason(error)
     known, code = _as_known(error)
     if settings.output.process and isinstance(known, MET_BY_ALL) and not isinstance(known, ProcessLostError):
-        if not isinstance(known, StoppedError | InterruptedError_):
-            _unsaid.append(partial(_tell, error, settings))
+        if not isinstance(known, StoppedError | InterruptedError_):  # those are nothing that one alone could meet
+            leave_to_first(partial(_tell, error, settings))
         return code
     _tell(error, settings)
     return code
@@ -93,39 +82,6 @@ def show_loss(error: ProcessLostError, settings: Settings) -> None:
     """The same in another thread, when the main one is blocked for good and the process about to be ended."""
     settings.output.console().show_cursor()  # a bar hides it
     show_ending(error, settings)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process.
-
-    One of several does it without the interpreter's tidying up when something went wrong: that would wait in CUDA for
-    messages to processes that are no more.
-    """
-    if code and num_processes() > 1:
-        if _unsaid and not _first_has_told():
-            for tell in _unsaid:
-                tell()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _first_has_told() -> bool:
-    """Waits for the launcher's signal, which comes when the first process has told why all of them end, and ended.
-
-    Were this one gone before, the launcher would end the first one before it had. No signal: the first one has not met
-    the error, a file that is missing on one machine, say.
-    """
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, hear_launcher)
-    return _launcher_came.wait(TELLS_WITHIN_S)
-
-
-def hear_launcher(number: int, frame: FrameType | None) -> None:
-    """A handler for the signal with which a launcher ends a process because another one has ended."""
-    _launcher_came.set()
 
 
 def _reason(error: BaseException) -> BaseException:

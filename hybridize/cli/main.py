@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import click
 
 from hybridize import __version__
 from hybridize.cli.app import LazyGroup, Settings, global_options
-from hybridize.cli.endings import hear_launcher, leave, show_ending
-from hybridize.cli.environment import num_processes
+from hybridize.cli.endings import show_ending
+from hybridize.cli.several import leave, undisturbed_by_launcher
 
 SECTIONS = {
     "The whole way": ("run",),
@@ -56,22 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:
         raise  # it was said elsewhere: shell completion, or the first of several processes
     except BaseException as error:
-        with deaf():
+        with undisturbed_by_launcher():
             return show_ending(error, settings)
-
-
-@contextmanager
-def deaf() -> Iterator[None]:
-    """Only hears signals while one of several processes tells why it ends: once one has, the others are ended."""
-    if num_processes() == 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {each: signal.signal(each, hear_launcher) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
 
 def main() -> None:

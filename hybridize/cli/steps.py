@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint import FolderLock, read_manifest
+from hybridize.cli.app import Settings
+from hybridize.cli.endings import show_loss
 from hybridize.cli.environment import num_processes, process_number
-from hybridize.errors import CheckpointError, HybridizeError, ProcessLostError, UsageError
+from hybridize.errors import CheckpointError, HybridizeError, UsageError
 from hybridize.files import write_whole
 from hybridize.plan import ConversionPlan
 from hybridize.progress import Reporter
@@ -54,12 +57,10 @@ def open_run(run: Path, recipe: Recipe, plan: ConversionPlan, *, overwrite: bool
     return lock
 
 
-def first_only(work: Callable[[], None], tell_loss: Callable[[ProcessLostError], object]) -> None:
+def first_only(work: Callable[[], None], settings: Settings) -> None:
     """Of several processes that a launcher started, lets the first do it while the others wait; or this one alone.
 
-    Args:
-        tell_loss: is given the error if, from now on, another process is lost while this one is blocked in a message to
-            it; then the process ends.
+    If from now on another process is lost while this one is blocked in a message to it, that is told as every ending.
 
     Raises:
         what `work` raised; SystemExit: that was in another process. ProcessLostError: one was lost.
@@ -69,7 +70,7 @@ def first_only(work: Callable[[], None], tell_loss: Callable[[ProcessLostError],
         return
     from hybridize.distillation.processes import start_processes
 
-    start_processes(tell_loss).first_only(work)
+    start_processes(partial(show_loss, settings=settings)).first_only(work)
 
 
 def first_goes_on() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,20 @@ class _OnTheWay(Generic[Note]):
     names: tuple[str, ...]
     values: Tensor
     arrived: Any
+
+
+@dataclass(frozen=True)
+class Arrived(Generic[Note]):
+    """The numbers of a step.
+
+    Attributes:
+        seconds: what the step took, from the end of the one before it: by the device's own clock on a GPU, where
+            several steps may be read at once.
+    """
+
+    note: Note
+    numbers: dict[str, float]
+    seconds: float
 
 
 class LateNumbers(Generic[Note]):
@@ -38,9 +52,6 @@ class LateNumbers(Generic[Note]):
         self._waiting: deque[_OnTheWay[Note]] = deque()
         self._last: Any = None
         self._read_at = time.perf_counter()
-        self.seconds = 0.0
-        """What the step read last took, from the end of the one before it: by the device's own clock on a GPU, where
-        several steps may be read at once."""
 
     def put(self, note: Note, scalars: Mapping[str, Tensor]) -> None:
         """Sends named scalars on their way; `note` comes back with them."""
@@ -53,16 +64,16 @@ class LateNumbers(Generic[Note]):
             arrived.record()
         self._waiting.append(_OnTheWay(note, tuple(scalars), values, arrived))
 
-    def read(self, *, everything: bool = False) -> Iterator[tuple[Note, dict[str, float]]]:
+    def read(self, *, everything: bool = False) -> list[Arrived[Note]]:
         """What is due, oldest first: all but the newest step's on a GPU, or everything."""
-        for _ in range(len(self._waiting) - (0 if everything else self._behind)):
-            yield self._wait_for(self._waiting.popleft())
+        count = len(self._waiting) - (0 if everything else self._behind)
+        return [self._wait_for(self._waiting.popleft()) for _ in range(count)]
 
-    def _wait_for(self, sent: _OnTheWay[Note]) -> tuple[Note, dict[str, float]]:
+    def _wait_for(self, sent: _OnTheWay[Note]) -> Arrived[Note]:
         if sent.arrived is not None:
             sent.arrived.synchronize()
         now = time.perf_counter()
         timed = self._last is not None and sent.arrived is not None
-        self.seconds = self._last.elapsed_time(sent.arrived) / 1000 if timed else now - self._read_at
+        seconds = self._last.elapsed_time(sent.arrived) / 1000 if timed else now - self._read_at
         self._last, self._read_at = sent.arrived, now
-        return sent.note, dict(zip(sent.names, sent.values.tolist(), strict=True))
+        return Arrived(sent.note, dict(zip(sent.names, sent.values.tolist(), strict=True)), seconds)

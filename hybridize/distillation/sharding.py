@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,32 +64,13 @@ class Sharding:
             whole |= _parameters_to_keep_whole(model.model, all_layers[-1])
         for alike in zip(*all_layers, strict=True):
             in_common: dict[nn.Parameter, nn.Parameter] = {}  # holds on to what was whole for one layer's time
-            for unit in (unit for units in alike for unit in units):
-                self._shard_unit(unit, mesh, whole, in_common)
+            for unit in chain.from_iterable(alike):
+                _shard_unit(unit, mesh, whole, in_common)
         for model in models:
             fully_shard(model.model, mesh=mesh, ignored_params=whole)
             _settle(model.model)
         # The ops return views here and there, and nothing is ever added to one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-
-    def _shard_unit(
-        self, unit: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter], in_common: dict[nn.Parameter, nn.Parameter]
-    ) -> None:
-        holders = [
-            (module, name, parameter)
-            for module in unit.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter not in whole and not is_sharded(parameter)
-        ]
-        fully_shard(unit, mesh=mesh, ignored_params=whole)
-        for name in FORWARD_METHODS:
-            if hasattr(unit, name):
-                register_fsdp_forward_method(unit, name)
-        for module, name, parameter in holders:
-            sharded = in_common.setdefault(parameter, getattr(module, name))
-            # FSDP looks at what a module holds before it first runs. Parts of uneven size it would copy to pad them.
-            if sharded is not getattr(module, name) and parameter.size(0) % mesh.size() == 0:
-                setattr(module, name, sharded)
 
 
 def requested_sharding(accelerator: Any) -> Sharding | None:
@@ -110,6 +92,27 @@ def requested_sharding(accelerator: Any) -> Sharding | None:
     # transformers would give weights to the first process alone, and leave it to accelerate to hand them on.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return Sharding(accelerator.device.type, bool(plugin.reshard_after_forward))
+
+
+def _shard_unit(
+    unit: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter], in_common: dict[nn.Parameter, nn.Parameter]
+) -> None:
+    """in_common: by a parameter that was whole, what it became where it was met first; other holders get that too."""
+    holders = [
+        (module, name, parameter)
+        for module in unit.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter not in whole and not is_sharded(parameter)
+    ]
+    fully_shard(unit, mesh=mesh, ignored_params=whole)
+    for name in FORWARD_METHODS:
+        if hasattr(unit, name):
+            register_fsdp_forward_method(unit, name)
+    for module, name, parameter in holders:
+        sharded = in_common.setdefault(parameter, getattr(module, name))
+        # FSDP looks at what a module holds before it first runs. Parts of uneven size it would copy to pad them.
+        if sharded is not getattr(module, name) and parameter.size(0) % mesh.size() == 0:
+            setattr(module, name, sharded)
 
 
 def _drop_originals(model: nn.Module) -> None:

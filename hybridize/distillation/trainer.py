@@ -25,6 +25,7 @@ from hybridize.distillation.gradients import clip
 from hybridize.distillation.late_numbers import LateNumbers
 from hybridize.distillation.log import StepLog, StepNote, mixer_numbers
 from hybridize.distillation.lora import Student
+from hybridize.distillation.memory import GpuMeter
 from hybridize.distillation.metrics import MetricsFile
 from hybridize.distillation.processes import Processes
 from hybridize.distillation.recomputation import observed_once, recompute_by_need
@@ -105,7 +106,9 @@ class Trainer:
         self.progress = Progress(0, 0, 0, self.sequences.state_dict(), 0, 0.0)
         if snapshot is not None:
             self._restore(snapshot)
-        self._bad = torch.zeros((), device=self.processes.device)
+        device = self.processes.device
+        self._meter = GpuMeter(device) if device.type == "cuda" else None
+        self._bad = torch.zeros((), device=device)
         self._stop_seen = self.processes.any(bool(self.stop))
         self._edge = time.perf_counter()
         with Ahead(self.sequences) as ahead:
@@ -121,7 +124,8 @@ class Trainer:
         step = make_step(stage, self.student, self.teacher, self._autocast())
         self.student.model.train()
         self._set_gradient_checkpointing(stage)
-        self._begin_peak()
+        if self._meter is not None:
+            self._meter.reset()
         shape, _ = self._wanted(index, 0)
         tokens = shape.sequences * shape.tokens
         step = recorded(step, self.student, tokens, self.processes.device, self.reporter.note)
@@ -200,7 +204,7 @@ class Trainer:
                 if named
             },
             logged=logged,
-            peak_bytes=self._peak_bytes() if logged else 0,
+            peak_bytes=int(self._meter.peak_bytes()) if logged and self._meter is not None else 0,
         )
         return note, numbers | mixer_numbers(metrics)
 
@@ -271,14 +275,6 @@ class Trainer:
         again = wanted is True and stage.kind != "align"
         checkpointed(self.student.model, range(self.student.model.config.num_hidden_layers) if again else ())
 
-    def _begin_peak(self) -> None:
-        if self.processes.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.processes.device)
-
-    def _peak_bytes(self) -> int:
-        device = self.processes.device
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
     def _autocast(self) -> Any:
         device = self.processes.device.type
         return torch.autocast(device, dtype=torch.bfloat16) if self.mixed else nullcontext()
@@ -286,13 +282,14 @@ class Trainer:
     # Numbers, progress, saving, stopping.
 
     def _read(self, numbers: LateSteps, log: StepLog, *, everything: bool = False) -> None:
-        for (note, progress), found in numbers.read(everything=everything):
+        for arrived in numbers.read(everything=everything):
+            (note, progress), found = arrived.note, arrived.numbers
             flags = {name: found.pop(name) for name in (BAD, OWN_BAD, STOP)}
             if flags[BAD]:
                 folder, own_loss = self.state.folder.parent, bool(flags[OWN_BAD])
                 fail(folder, note, found, self.student, self.processes, self._autocast(), own_loss=own_loss)
             self._stop_seen |= flags[STOP] > 0
-            log.write(note, found, progress, numbers.seconds)
+            log.write(note, found, progress, arrived.seconds)
 
     def _advance(self, index: int, stage_step: int, place: dict[str, Any] | None, *, fresh: bool) -> None:
         """Counts a step; `place` is that in the data after its micro-batches, None if they will be used again."""

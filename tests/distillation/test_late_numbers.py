@@ -15,7 +15,7 @@ import torch
 
 from hybridize.checkpoint import load_state, resolve_source
 from hybridize.distillation.data import Batch
-from hybridize.distillation.late_numbers import LateNumbers
+from hybridize.distillation.late_numbers import Arrived, LateNumbers
 from hybridize.distillation.teacher import Teacher
 from hybridize.distillation.trainer import Trainer
 from hybridize.errors import NumbersError, StoppedError
@@ -36,12 +36,16 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LateNumbers, "__init__", make_late)
 
 
+def pairs(found: list[Arrived[Any]]) -> list[tuple[Any, dict[str, float]]]:
+    return [(arrived.note, arrived.numbers) for arrived in found]
+
+
 def test_on_a_cpu_numbers_are_read_at_once() -> None:
     numbers: LateNumbers[str] = LateNumbers(CPU)
-    assert list(numbers.read()) == []
+    assert numbers.read() == []
     numbers.put("a", {"x": torch.tensor(0.5), "y": torch.tensor(2)})
-    assert list(numbers.read()) == [("a", {"x": 0.5, "y": 2.0})]
-    assert list(numbers.read(everything=True)) == []
+    assert pairs(numbers.read()) == [("a", {"x": 0.5, "y": 2.0})]
+    assert numbers.read(everything=True) == []
 
 
 @pytest.mark.usefixtures("late")
@@ -51,9 +55,9 @@ def test_late_numbers_come_in_order_and_are_those_of_their_step() -> None:
     for step in range(4):
         flag.fill_(step)  # one tensor that every step writes
         numbers.put(step, {"flag": flag})
-        found += numbers.read()
+        found += pairs(numbers.read())
         assert [note for note, _ in found] == list(range(step))
-    found += numbers.read(everything=True)
+    found += pairs(numbers.read(everything=True))
     assert found == [(step, {"flag": float(step)}) for step in range(4)]
 
 
@@ -72,17 +76,17 @@ def test_a_gpu_is_not_waited_for() -> None:
 
     for step in range(2):  # the first pinned memory is waited for, and so are kernels that are loaded
         queue(step, 1)
-    assert len(list(numbers.read(everything=True))) == 2
+    assert len(numbers.read(everything=True)) == 2
     torch.cuda.synchronize()
     for step in range(2):
         queue(step, 100)
         last = torch.cuda.Event()
         last.record()
-        found = list(numbers.read())
+        found = numbers.read()
         assert not last.query(), "the step that was just queued is still being computed"
-        assert [note for note, _ in found] == [0] * step
-    (note, named), *more = numbers.read(everything=True)
-    assert (note, more) == (1, [])
+        assert [arrived.note for arrived in found] == [0] * step
+    ((note, named),) = pairs(numbers.read(everything=True))
+    assert note == 1
     assert named["step"] == 1.0
     assert named["x"] == pytest.approx(4096.0, rel=1e-4)  # rows of length one
 
@@ -91,7 +95,7 @@ def test_a_gpu_is_not_waited_for() -> None:
 def test_a_step_takes_what_the_gpu_took_whenever_the_host_looks() -> None:
     device = torch.device("cuda")
     numbers: LateNumbers[int] = LateNumbers(device)
-    weight, found = torch.randn(4096, 4096, device=device), {}
+    weight = torch.randn(4096, 4096, device=device)
     for count in (1, 1, 20, 80):
         product = weight
         for _ in range(count):
@@ -99,8 +103,7 @@ def test_a_step_takes_what_the_gpu_took_whenever_the_host_looks() -> None:
         numbers.put(count, {"x": product.sum()})
     torch.cuda.synchronize()
     time.sleep(0.5)
-    for note, _ in numbers.read(everything=True):
-        found[note] = numbers.seconds
+    found = {arrived.note: arrived.seconds for arrived in numbers.read(everything=True)}
     assert found[80] == pytest.approx(4 * found[20], rel=0.3)
     assert found[80] < 0.5
 

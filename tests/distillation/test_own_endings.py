@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybridize.cli import endings
+from hybridize.cli import endings, several
 from hybridize.cli.app import Settings
-from hybridize.cli.main import deaf
 from hybridize.distillation import failure, lifeline, signals
 from hybridize.distillation.gradients import Norms
 from hybridize.distillation.lifeline import Lifeline
@@ -93,9 +92,9 @@ def second_process(monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The command line in the second of two processes, where leaving raises SystemExit."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(endings, "_unsaid", [])
-    monkeypatch.setattr(endings, "_launcher_came", threading.Event())
-    monkeypatch.setattr(endings, "TELLS_WITHIN_S", 0.2)
+    monkeypatch.setattr(several, "_left_to_first", [])
+    monkeypatch.setattr(several, "_launcher_came", threading.Event())
+    monkeypatch.setattr(several, "TELLS_WITHIN_S", 0.2)
 
     def leave(code: int) -> None:
         raise SystemExit(code)
@@ -115,13 +114,13 @@ def own_handlers() -> Iterator[None]:
 
 
 def test_a_signal_while_it_tells_is_not_forgotten(second_process: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endings, "TELLS_WITHIN_S", 60)
+    monkeypatch.setattr(several, "TELLS_WITHIN_S", 60)
     endings.show_ending(CheckpointError("Not there."), second_process)
-    with deaf():
+    with several.undisturbed_by_launcher():
         signal.raise_signal(signal.SIGTERM)
     begun = time.monotonic()
     with pytest.raises(SystemExit):
-        endings.leave(4)
+        several.leave(4)
     assert time.monotonic() - begun < 30
 
 
@@ -135,7 +134,7 @@ def test_what_the_first_process_does_not_tell_another_one_does(
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
-        endings.leave(4)
+        several.leave(4)
     assert left.value.code == 4
     said = capsys.readouterr().err
     assert said == "" if first_ends else "error in process 1: /models/teacher: The teacher is not there." in said
@@ -144,11 +143,11 @@ def test_what_the_first_process_does_not_tell_another_one_does(
 def test_a_stop_is_left_to_the_first_process(
     second_process: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endings, "TELLS_WITHIN_S", 60)
+    monkeypatch.setattr(several, "TELLS_WITHIN_S", 60)
     assert endings.show_ending(StoppedError("The state is saved."), second_process) == 75
     begun = time.monotonic()
     with pytest.raises(SystemExit):
-        endings.leave(75)
+        several.leave(75)
     assert time.monotonic() - begun < 30
     assert capsys.readouterr().err == ""
 

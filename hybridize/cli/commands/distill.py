@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
@@ -40,7 +39,6 @@ def command(
     Converts first if that has not been done. Ctrl-C and SIGTERM save the state; the same command goes on. torchrun and
     accelerate launch start it on several devices; a run may go on with another number of them.
     """
-    from hybridize.cli.endings import show_loss
     from hybridize.cli.plan_view import plan_parts
     from hybridize.cli.steps import convert_step, distill_step, first_goes_on, first_only, new_run_or_none, open_run
     from hybridize.errors import RecipeError, UsageError
@@ -68,7 +66,7 @@ def command(
             open_run(out, recipe, made, overwrite=overwrite)
             convert_step(made, out, offline=settings.offline, reporter=reporter)
 
-    first_only(begin, partial(show_loss, settings=settings))
+    first_only(begin, settings)
     adapter = distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
     if not first_goes_on():
         return

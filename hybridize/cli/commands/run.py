@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from hybridize.cli.app import Settings
@@ -36,7 +35,6 @@ def command(
     What is complete is kept, so the same command goes on after a stop.
     """
     from hybridize.cli import steps
-    from hybridize.cli.endings import show_loss
     from hybridize.cli.plan_view import plan_parts
     from hybridize.plan import plan
     from hybridize.recipe.lock import read_lock
@@ -56,7 +54,7 @@ def command(
             steps.open_run(out, recipe, made, overwrite=overwrite)
             steps.convert_step(made, out, offline=settings.offline, reporter=reporter)
 
-    steps.first_only(begin, partial(show_loss, settings=settings))
+    steps.first_only(begin, settings)
     if recipe.distill is not None and recipe.data is not None:
         steps.distill_step(recipe, out, plan=made, offline=settings.offline, reporter=reporter)
     if not steps.first_goes_on():
