@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     alone: dict[str, dict[str, Any]] = {}
     with results_file(options.out, "distillation-scaling").open("w") as file:
         rows = (row for count in counts for row in launched(models, options.steps, count, num_gpus))
-        for row in (device_row(), *rows):
+        for row in chain((device_row(),), rows):
             if "op" in row:
                 alone.setdefault(row["case"]["model"], row)
                 row = compared(row, alone)
