@@ -70,7 +70,7 @@ def work(models: Sequence[str], steps: int, num_gpus: int) -> None:
             print(MARK + json.dumps(row), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-    if count > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

@@ -334,8 +334,8 @@ def test_recomputation_changes_no_bit(layers: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 def test_decision_keeps_a_step_within_the_memory_of_a_gpu() -> None:
-    device = torch.device("cuda")
-    student, step = pair(device, hidden_size=256, intermediate_size=1024, vocab_size=4096)
+    device, vocabulary = torch.device("cuda"), 32768  # with few words even the probes' logits are less than a chunk
+    student, step = pair(device, hidden_size=256, intermediate_size=1024, vocab_size=vocabulary)
     largest = Shape(16, 2048)
 
     class Small(GpuMeter):
@@ -347,7 +347,7 @@ def test_decision_keeps_a_step_within_the_memory_of_a_gpu() -> None:
     def peak(layers: Sequence[int]) -> float:
         checkpointed(student.model, layers)
         meter.reset()
-        batch = probe_batch(largest, DATA, 4096).to(device)
+        batch = probe_batch(largest, DATA, vocabulary).to(device)
         for _ in range(2):
             step.backward(step.prepare(batch), 0.5, measure=True)
         for parameter in student.trained().values():
