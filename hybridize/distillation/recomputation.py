@@ -30,7 +30,11 @@ from hybridize.progress import Reporter
 from hybridize.recipe.schema import Data, Stage
 
 PROBE_TOKENS = 1024
-"""Of the shorter probe; the longer one has twice as many."""
+"""Of the shorter probe; the longer one has twice as many.
+
+Both fill a chunk of the loss's logits if the vocabulary is as large as those of real models. If it has less than some
+24 thousand words the chunk still grows from one to the other, and the line foresees too much, never too little.
+"""
 SMALLEST_PROBE_TOKENS = 256
 """Of the first probe of processes that are sharded; it has to fit."""
 MARGIN = 0.08

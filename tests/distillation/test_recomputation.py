@@ -334,7 +334,7 @@ def test_recomputation_changes_no_bit(layers: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 def test_decision_keeps_a_step_within_the_memory_of_a_gpu() -> None:
-    device, vocabulary = torch.device("cuda"), 32768  # with few words even the probes' logits are less than a chunk
+    device, vocabulary = torch.device("cuda"), 32768  # as in models; see PROBE_TOKENS
     student, step = pair(device, hidden_size=256, intermediate_size=1024, vocab_size=vocabulary)
     largest = Shape(16, 2048)
 
