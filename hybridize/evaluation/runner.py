@@ -15,7 +15,8 @@ from hybridize.model.load import load_any, load_tokenizer
 from hybridize.progress import SILENT, Reporter
 from hybridize.recipe.documents import Document, held_out_documents, read_documents
 from hybridize.recipe.probes import Evaluate
-from hybridize.recipe.schema import Data, TextSource
+from hybridize.recipe.schema import Data
+from hybridize.recipe.sources import TextSource
 
 MAX_SOURCE_BYTES = 16 * 2**20
 """Held-out text read of each source: far more than the probes use, and no data set is read to its end for it."""

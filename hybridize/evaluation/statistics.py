@@ -35,9 +35,13 @@ def clustered_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:
     return Mean(mean, math.sqrt(k / (k - 1) * squares) / total)
 
 
-def wilson_interval(hits: int, samples: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(hits: float, samples: int, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval of a share, 95 % by default (Wilson 1927, JASA 22:209). It stays within 0..1 and is
-    right for the few samples that a recall cell has, where the normal interval is not."""
+    right for the few samples that a recall cell has, where the normal interval is not.
+
+    Args:
+        hits: the sum of scores between 0 and 1.
+    """
     if samples <= 0:
         raise ValueError(f"an interval needs at least one sample, got {samples}")
     share = hits / samples
@@ -47,6 +51,31 @@ def wilson_interval(hits: int, samples: int, z: float = Z_95) -> tuple[float, fl
     low = 0.0 if hits == 0 else max(0.0, centre - half)  # exact at the ends, where rounding leaves 1e-17
     high = 1.0 if hits == samples else min(1.0, centre + half)
     return low, high
+
+
+def share_ratio_interval(
+    numerator: tuple[float, float, float], denominator: tuple[float, float, float]
+) -> tuple[float, float | None]:
+    """Interval of a ratio of two shares from the interval of each (MOVER: Donner and Zou 2012, SMMR 21:347, eq. 9).
+
+    The shares are taken as independent. Answers of student and teacher to the same questions are correlated
+    positively, so the interval is wider than it need be.
+
+    Args:
+        numerator, denominator: (share, low, high); the denominator's share is positive.
+
+    Returns:
+        low and high; high is None where the denominator may be zero.
+    """
+    p, low_p, high_p = numerator
+    q, low_q, high_q = denominator
+    squared = (p * q) ** 2
+
+    def root(of_p: float, of_q: float) -> float:
+        return math.sqrt(max(0.0, squared - of_p * (2 * p - of_p) * of_q * (2 * q - of_q)))
+
+    low = low_p * (2 * p - low_p) / (p * q + root(low_p, high_q)) if p > 0 else 0.0
+    return low, None if low_q <= 0 else (p * q + root(high_p, low_q)) / (low_q * (2 * q - low_q))
 
 
 def position_buckets(edges: Sequence[int], longest: int) -> list[tuple[int, int]]:

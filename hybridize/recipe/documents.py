@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.errors import CheckpointError, RecipeError
-from hybridize.recipe.schema import Data, TextSource
+from hybridize.recipe.schema import Data
+from hybridize.recipe.sources import TextSource
 
 _FORMAT_BY_ENDING = {
     ".txt": "text",

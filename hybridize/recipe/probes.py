@@ -5,7 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hybridize.recipe.sources import TextSource
+
 Precision = Literal["auto", "float32", "bfloat16"]
+
+RecallTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+    "associative_recall",
+]
+"""RULER's tasks (arXiv 2404.06654), and multi-query associative recall (arXiv 2312.04927)."""
+
+NEEDLE_TASKS: tuple[RecallTask, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
+
+PolicyName = Literal["recency", "random", "key_norm", "accumulated_attention", "recent_attention", "last_attention"]
 
 
 @dataclass(frozen=True)
@@ -20,17 +42,17 @@ class PerplexityProbe:
 
 @dataclass(frozen=True)
 class RecallProbe:
-    """Single-needle recall in the manner of RULER (arXiv 2404.06654), S-NIAH 1 to 3."""
+    """What a model finds again in a long prompt, in the manner of RULER (arXiv 2404.06654)."""
 
-    kinds: tuple[Literal["niah_single_1", "niah_single_2", "niah_single_3"], ...] = (
-        "niah_single_1",
-        "niah_single_2",
-        "niah_single_3",
-    )
+    tasks: tuple[RecallTask, ...] = NEEDLE_TASKS
     lengths: tuple[int, ...] = (1024, 4096)
+    """Tokens of the whole prompt, exactly."""
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Where the needle stands, 0 (beginning) to 1 (end); tasks without one place ask as many questions."""
     samples: int = 2
-    """Needles for each kind, length and depth."""
+    """Questions for each task, length and depth."""
+    haystack: tuple[TextSource, ...] = ()
+    """Prose to hide needles in; none: the held-out documents."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,107 @@ class AgreementProbe:
 
     context_tokens: int = 1024
     max_windows: int = 8
+
+
+@dataclass(frozen=True)
+class ContinuationProbe:
+    """How many greedy tokens student and teacher have in common after the same prompt."""
+
+    prompt_tokens: int = 256
+    prompts: int = 32
+    """Of held-out text, spread over its sources."""
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class ReadingProbe:
+    """Values asked of documents that are in the prompt, as completion (arXiv 2407.05483)."""
+
+    sources: tuple[TextSource, ...] = ()
+    """JSON lines or SQuAD files; none: the metadata of the installed Python packages."""
+    max_tokens: int = 2048
+    """Longest prompt; longer documents are cut around the answer."""
+    max_questions: int = 100
+    """Of each source."""
+
+
+@dataclass(frozen=True)
+class ChoicesProbe:
+    """Multiple choice: the answer that a model finds likeliest."""
+
+    sources: tuple[TextSource, ...] = ()
+    """JSON lines, or BIG-bench: a task.json, or ARCHIVE.tar.gz:task."""
+    max_questions: int = 200
+    """Of each source."""
+
+
+@dataclass(frozen=True)
+class HarnessProbe:
+    """Tasks of EleutherAI's lm-evaluation-harness, which the extra `harness` installs."""
+
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    limit: int | None = None
+    include_path: str | None = None
+
+
+@dataclass(frozen=True)
+class AblationProbe:
+    """What is lost when each mixer in turn is replaced by a window."""
+
+    context_tokens: int = 1024
+    max_windows: int = 2
+    """Windows of context_tokens a source."""
+    window_tokens: int = 256
+    """Of the window that stands in for mixers that have none of their own."""
+    layers: bool = True
+    """Each layer by itself; else all layers of each mixer together, alone."""
+
+
+@dataclass(frozen=True)
+class InsideProbe:
+    """What the mixers do: tokens retained, gates and decays, blocks selected."""
+
+    context_tokens: int = 1024
+    max_windows: int = 2
+    """Windows of context_tokens a source."""
+    shown_tokens: int = 512
+    """Length of the text that the report shows token by token."""
+
+
+@dataclass(frozen=True)
+class BaselinesProbe:
+    """Training-free choices of what stays, on the teacher, in the layers where the student evicts."""
+
+    policies: tuple[PolicyName, ...] = (
+        "recency",
+        "random",
+        "key_norm",
+        "accumulated_attention",
+        "recent_attention",
+        "last_attention",
+    )
+    window_tokens: int | None = None
+    """None: the student's."""
+    budgets: tuple[int, ...] = ()
+    """Retained tokens, sinks included; none: the student's own."""
+    tasks: tuple[RecallTask, ...] = ("niah_single_1", "niah_single_2")
+    lengths: tuple[int, ...] = (2048,)
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    samples: int = 2
+    context_tokens: int = 2048
+    max_windows: int = 2
+    """Windows of context_tokens a source, for the perplexity."""
+
+
+@dataclass(frozen=True)
+class SpeedProbe:
+    """How fast prompts are read and tokens written on this machine."""
+
+    lengths: tuple[int, ...] = (1024,)
+    batch_sequences: tuple[int, ...] = (1,)
+    new_tokens: int = 16
+    repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -55,9 +178,18 @@ class Evaluate:
 
     context_tokens: int = 8192
     """Context length for the state bytes."""
-    batch_sequences: int = 1
+    batch_tokens: int | None = None
+    """Tokens that go through a model at once; None: 256k on a GPU, 4k on a CPU."""
     precision: Precision = "auto"
     perplexity: PerplexityProbe | None = field(default_factory=PerplexityProbe)
     recall: RecallProbe | None = field(default_factory=RecallProbe)
     agreement: AgreementProbe | None = field(default_factory=AgreementProbe)
+    continuation: ContinuationProbe | None = None
+    reading: ReadingProbe | None = None
+    choices: ChoicesProbe | None = None
+    harness: HarnessProbe | None = None
+    ablation: AblationProbe | None = None
+    inside: InsideProbe | None = None
+    baselines: BaselinesProbe | None = None
+    speed: SpeedProbe | None = None
     samples: SamplesProbe | None = field(default_factory=SamplesProbe)

@@ -11,7 +11,8 @@ from hybridize.errors import RecipeError
 from hybridize.recipe.build import Builder, join, raise_problems
 from hybridize.recipe.nodes import Node, node_of, parse, read_text
 from hybridize.recipe.overrides import apply_overrides
-from hybridize.recipe.schema import LayerPlan, MixerChoice, Origin, Recipe, TextSource
+from hybridize.recipe.schema import LayerPlan, MixerChoice, Origin, Recipe
+from hybridize.recipe.sources import TextSource
 
 ConfigOf = Callable[[str], type]
 """Gives a mixer's configuration class by name, or raises RecipeError: `hybridize.mixers.registry.config_class`."""

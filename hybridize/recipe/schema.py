@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from hybridize.errors import RecipeError
 from hybridize.recipe.probes import Evaluate, Precision
+from hybridize.recipe.sources import TextSource
 
 
 def _require(condition: bool, key: str, message: str) -> None:
@@ -76,32 +77,6 @@ class LayerPlan:
         _require(
             (self.pattern is None) != (not self.rules), "layers", "give either a pattern or a list of rules, not both."
         )
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Documents to read.
-
-    Attributes:
-        path: files below the recipe's folder (glob allowed), an absolute path, or the name of a Hub data set.
-        format: "text" (one document a file, or NUL-separated), "jsonl", "parquet" or "hub"; None: by the file ending.
-        column: the field that holds the text (jsonl, parquet, hub).
-        config, split, revision: of a Hub data set.
-        weight: share in the mixture relative to the other sources.
-        name: label in reports; default: made from the path.
-    """
-
-    path: str
-    format: Literal["text", "jsonl", "parquet", "hub"] | None = None
-    column: str = "text"
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    weight: float = 1.0
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        _positive(self.weight, "weight")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from hybridize.distillation.trainer import Trainer
 from hybridize.mixers.registry import config_class
 from hybridize.model.swap import swap
 from hybridize.progress import SILENT
-from hybridize.recipe.schema import Data, Distill, Lora, Stage, TextSource
+from hybridize.recipe.schema import Data, Distill, Lora, Stage
+from hybridize.recipe.sources import TextSource
 
 WARM_STEPS, STEPS = 4, 8
 TOP_K = 64

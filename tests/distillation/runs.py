@@ -22,19 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybridize.recipe.schema import (
-    Curriculum,
-    Data,
-    Distill,
-    LayerPlan,
-    Lora,
-    Loss,
-    MixerChoice,
-    Ramp,
-    Recipe,
-    Stage,
-    TextSource,
-)
+from hybridize.recipe.schema import Curriculum, Data, Distill, LayerPlan, Lora, Loss, MixerChoice, Ramp, Recipe, Stage
+from hybridize.recipe.sources import TextSource
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = "ready\n"

@@ -37,7 +37,8 @@ from hybridize.errors import RecipeError, ResourceError, UsageError
 from hybridize.mixers.token_eviction import TokenEviction
 from hybridize.plan import ConversionPlan, plan
 from hybridize.progress import Silent, Task
-from hybridize.recipe.schema import Curriculum, Data, Ramp, Recipe, Stage, TextSource
+from hybridize.recipe.schema import Curriculum, Data, Ramp, Recipe, Stage
+from hybridize.recipe.sources import TextSource
 from tests.distillation import runs
 
 NEW, NEW_MEASURED, USED, USED_MEASURED = Kind(True, False), Kind(True, True), Kind(False, False), Kind(False, True)

@@ -17,7 +17,8 @@ from hybridize.distillation.data import DocumentStream, PackedSequences
 from hybridize.distillation.token_stream import MOST_CHARACTERS, MOST_DOCUMENTS, TokenStream, document_encoder
 from hybridize.errors import RecipeError
 from hybridize.recipe.documents import Document
-from hybridize.recipe.schema import Data, TextSource
+from hybridize.recipe.schema import Data
+from hybridize.recipe.sources import TextSource
 
 CLOSING = 0
 

@@ -21,7 +21,8 @@ from hybridize.distillation.forecast import (
 )
 from hybridize.distillation.schedule import Shape, ramp_progress
 from hybridize.distillation.trainer import Trainer
-from hybridize.recipe.schema import Curriculum, Data, Distill, Ramp, Stage, TextSource
+from hybridize.recipe.schema import Curriculum, Data, Distill, Ramp, Stage
+from hybridize.recipe.sources import TextSource
 
 NEW, NEW_MEASURED, USED, USED_MEASURED = Kind(True, False), Kind(True, True), Kind(False, False), Kind(False, True)
 DATA = Data(train=(TextSource("*.txt"),), sequence_tokens=64)

@@ -37,7 +37,8 @@ from hybridize.distillation.teacher import Teacher
 from hybridize.mixers.registry import config_from_dict
 from hybridize.model.swap import swap
 from hybridize.model.training_form import checkpointed, recomputed_layers
-from hybridize.recipe.schema import Curriculum, Data, Lora, Stage, TextSource
+from hybridize.recipe.schema import Curriculum, Data, Lora, Stage
+from hybridize.recipe.sources import TextSource
 from tests.tiny import tiny_teacher
 
 DATA = Data(train=(TextSource("*.txt"),), sequence_tokens=64)

@@ -10,7 +10,8 @@ import pytest
 
 from hybridize.distillation.schedule import Shape, batch_shape, learning_rates, ramp_progress
 from hybridize.errors import RecipeError
-from hybridize.recipe.schema import Curriculum, Data, Distill, LayerPlan, Ramp, Recipe, Stage, TextSource
+from hybridize.recipe.schema import Curriculum, Data, Distill, LayerPlan, Ramp, Recipe, Stage
+from hybridize.recipe.sources import TextSource
 
 DATA = Data(train=(TextSource("x.txt"),), sequence_tokens=64)
 

@@ -10,7 +10,8 @@ import torch
 
 from hybridize.distillation.settings import differences, pinned_data
 from hybridize.errors import RecipeError
-from hybridize.recipe.schema import Data, LayerPlan, Stage, TextSource
+from hybridize.recipe.schema import Data, LayerPlan, Stage
+from hybridize.recipe.sources import TextSource
 from tests.distillation import runs
 from tests.tiny import tiny_teacher
 

@@ -22,7 +22,8 @@ from hybridize.evaluation.runner import evaluate
 from hybridize.model.precision import computes_bfloat16
 from hybridize.recipe.documents import Document
 from hybridize.recipe.probes import AgreementProbe, Evaluate, PerplexityProbe, SamplesProbe
-from hybridize.recipe.schema import Data, TextSource
+from hybridize.recipe.schema import Data
+from hybridize.recipe.sources import TextSource
 from tests.tiny import tiny_teacher
 
 SMALL = Evaluate(

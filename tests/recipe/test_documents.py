@@ -19,7 +19,8 @@ from hybridize.recipe.documents import (
     read_documents,
     training_documents,
 )
-from hybridize.recipe.schema import Data, TextSource
+from hybridize.recipe.schema import Data
+from hybridize.recipe.sources import TextSource
 
 
 @pytest.fixture

@@ -16,18 +16,8 @@ from hybridize.errors import EXIT_RECIPE, RecipeError
 from hybridize.mixers.registry import config_class
 from hybridize.recipe.probes import PerplexityProbe
 from hybridize.recipe.reader import load_recipe, recipe_from_dict, recipe_to_dict
-from hybridize.recipe.schema import (
-    Distill,
-    LayerPlan,
-    LayerRule,
-    Lora,
-    Loss,
-    MixerChoice,
-    Ramp,
-    Recipe,
-    Stage,
-    TextSource,
-)
+from hybridize.recipe.schema import Distill, LayerPlan, LayerRule, Lora, Loss, MixerChoice, Ramp, Recipe, Stage
+from hybridize.recipe.sources import TextSource
 
 GOOD = """\
 model: org/name@main

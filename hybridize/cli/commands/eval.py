@@ -57,7 +57,7 @@ def command(
     from hybridize.errors import UsageError
     from hybridize.recipe.lock import recipe_sha256
     from hybridize.recipe.probes import Evaluate
-    from hybridize.recipe.schema import TextSource
+    from hybridize.recipe.sources import TextSource
 
     recipe = read_recipe(recipe_name, changes, None, None) if recipe_name else None
     if changes and recipe is None:
