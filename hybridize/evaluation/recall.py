@@ -1,99 +1,52 @@
-"""Recall of a single needle, by kind, length and depth: student and teacher on the same questions."""
+"""Recall by task, length and depth: student and teacher on the same questions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, product
+from collections.abc import Sequence
 from typing import Any
 
-from hybridize.evaluation.generation import greedy, prompt_ids
-from hybridize.evaluation.needles import KINDS, Needle, make_needle
-from hybridize.evaluation.statistics import wilson_interval
+from hybridize.evaluation.asking import ask
+from hybridize.evaluation.cells import Cell, pair_cell
+from hybridize.evaluation.items import Item
 from hybridize.progress import Task
-from hybridize.recipe.probes import RecallProbe
-
-NUMBER_TOKENS = 10
-"""Tokens that an answer may take; more where the tokenizer needs more for the value itself."""
-
-
-def make_questions(settings: RecallProbe, tokenizer: Any, prose: Sequence[str], *, seed: int) -> list[Needle]:
-    """Every question of the probe, in the order kind, length, depth, sample."""
-
-    def count(text: str) -> int:
-        return len(prompt_ids(tokenizer, text))
-
-    grid = product(settings.kinds, settings.lengths, settings.depths, range(settings.samples))
-    return [
-        make_needle(kind, tokens, depth, sample, seed=seed, prose=prose, count=count)
-        for kind, tokens, depth, sample in grid
-    ]
 
 
 def recall(
-    models: dict[str, Any], tokenizer: Any, questions: Sequence[Needle], *, batch_sequences: int, task: Task
+    models: dict[str, Any], tokenizer: Any, items: Sequence[Item], *, batch_tokens: int, task: Task
 ) -> dict[str, Any]:
-    """Asks every model every question; a hit is the value anywhere in the continuation.
+    """Asks every model every question.
 
     Args:
         models: "student" and, where there is one, "teacher".
 
     Returns:
-        Under "student" and "teacher" hits over everything; under "by_length" the same for each length; under "kinds" a
-        dictionary kind -> length -> {"student", "teacher", "prompt_tokens": [fewest, most], "depths": [{"depth",
-        "student", "teacher"}]}. A cell is {"hits", "samples", "share", "low", "high"}, the last two Wilson's 95 %
-        interval.
+        What `pair_cell` says of everything; under "by_length" the same for each length; under "tasks" task -> length
+        -> the same, with "prompt_tokens": [fewest, most] and "depths": [{"depth", ...}] where a task has them.
     """
-    hits = {name: _ask(model, tokenizer, questions, batch_sequences, task) for name, model in models.items()}
+    scores = {
+        name: ask(model, tokenizer, items, batch_tokens=batch_tokens, task=task) for name, model in models.items()
+    }
+    return gather(items, scores)
 
-    def cell(chosen: Sequence[int]) -> dict[str, Any]:
-        cells: dict[str, Any] = dict.fromkeys(("student", "teacher"))
-        return cells | {name: _share([found[i] for i in chosen]) for name, found in hits.items()}
 
-    kinds: dict[str, Any] = {}
-    for kind, tokens in dict.fromkeys((needle.kind, needle.tokens) for needle in questions):
-        group = [i for i, needle in enumerate(questions) if (needle.kind, needle.tokens) == (kind, tokens)]
-        lengths = [questions[i].prompt_tokens for i in group]
-        depths = sorted({questions[i].depth for i in group})
-        kinds.setdefault(kind, {})[str(tokens)] = {
+def gather(items: Sequence[Item], scores: dict[str, list[float]]) -> dict[str, Any]:
+    """The row of the probe from the scores of every item by model."""
+
+    def cell(chosen: Sequence[int]) -> Cell:
+        return pair_cell({name: [found[i] for i in chosen] for name, found in scores.items()})
+
+    tasks: dict[str, Any] = {}
+    for name, length in dict.fromkeys((item.task, item.group) for item in items):
+        group = [i for i, item in enumerate(items) if (item.task, item.group) == (name, length)]
+        lengths = [len(items[i].prompt) for i in group]
+        depths = sorted({depth for i in group if (depth := items[i].depth) is not None})
+        tasks.setdefault(name, {})[str(length)] = {
             **cell(group),
             "prompt_tokens": [min(lengths), max(lengths)],
-            "depths": [{"depth": d, **cell([i for i in group if questions[i].depth == d])} for d in depths],
+            "depths": [{"depth": d, **cell([i for i in group if items[i].depth == d])} for d in depths],
         }
     by_length = {
-        str(tokens): cell([i for i, needle in enumerate(questions) if needle.tokens == tokens])
-        for tokens in sorted({needle.tokens for needle in questions})
+        str(length): cell([i for i, item in enumerate(items) if item.group == length])
+        for length in sorted({item.group for item in items})
     }
-    return {**cell(range(len(questions))), "by_length": by_length, "kinds": kinds}
-
-
-def answer_tokens(tokenizer: Any, needle: Needle) -> int:
-    """How many tokens the model may spend on its answer."""
-    value = len(tokenizer(f" {needle.value}", add_special_tokens=False)["input_ids"])
-    if KINDS[needle.kind].thing == "number":
-        return max(NUMBER_TOKENS, value)
-    return value + 2
-
-
-def _ask(model: Any, tokenizer: Any, questions: Sequence[Needle], batch_sequences: int, task: Task) -> list[bool]:
-    found = []
-    for batch in _batches(questions, batch_sequences):
-        prompts = [prompt_ids(tokenizer, needle.prompt) for needle in batch]
-        budgets = [answer_tokens(tokenizer, needle) for needle in batch]
-        answers = greedy(model, tokenizer, prompts, max(budgets))
-        for needle, budget, answer in zip(batch, budgets, answers, strict=True):
-            found.append(needle.value in tokenizer.decode(answer[:budget], skip_special_tokens=True))
-        task.advance(len(batch), found=f"{sum(found)}/{len(found)}")
-    return found
-
-
-def _batches(questions: Sequence[Needle], size: int) -> Iterator[list[Needle]]:
-    """Questions of one kind and length together: their prompts differ by a few tokens of padding."""
-    for _, run in groupby(questions, key=lambda needle: (needle.kind, needle.tokens)):
-        group = list(run)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _share(hits: Sequence[bool]) -> dict[str, Any]:
-    low, high = wilson_interval(sum(hits), len(hits))
-    return {"hits": sum(hits), "samples": len(hits), "share": sum(hits) / len(hits), "low": low, "high": high}
+    return {**cell(range(len(items))), "by_length": by_length, "tasks": tasks}

@@ -11,7 +11,7 @@ from hybridize.checkpoint import has_our_manifest, read_manifest, sha256_bytes
 from hybridize.checkpoint.resources import resource_errors
 from hybridize.files import write_whole
 
-SCHEMA = "hybridize/results/1"
+SCHEMA = "hybridize/results/2"
 """Name and version of the form; the number grows when a reader of the old one would misread the new."""
 
 _CONTENTS = (".safetensors", ".json", ".model")

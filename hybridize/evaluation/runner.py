@@ -69,6 +69,17 @@ def evaluate(
             task.advance()
     _require_one_vocabulary(student_model, teacher_model)
     tokenizer = load_tokenizer(model_folder, offline=offline)
+    probes = Probes(
+        student_model,
+        teacher_model,
+        tokenizer,
+        recipe_evaluate,
+        documents,
+        base=base,
+        offline=offline,
+        seed=seed,
+        reporter=reporter,
+    )
     results = {
         "schema": SCHEMA,
         "model": {
@@ -81,13 +92,12 @@ def evaluate(
             documents=documents,
             device=device,
             dtype=dtype,
+            batch_tokens=probes.batch_tokens,
             seed=seed,
             recipe_sha256=recipe_sha256,
             command=command,
         ),
-        "probes": Probes(
-            student_model, teacher_model, tokenizer, recipe_evaluate, documents, seed=seed, reporter=reporter
-        ).run(),
+        "probes": probes.run(),
     }
     if out is not None:
         write_results(results, out)

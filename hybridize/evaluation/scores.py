@@ -36,7 +36,7 @@ class WindowScores:
 
 
 def score_windows(
-    student: Any, teacher: Any | None, windows: Sequence[Window], *, batch_sequences: int, task: Task
+    student: Any, teacher: Any | None, windows: Sequence[Window], *, batch_tokens: int, task: Task
 ) -> list[WindowScores]:
     """Scores every window, in the order given. One forward pass a model and batch; windows of equal length share one.
 
@@ -45,15 +45,17 @@ def score_windows(
     """
     scores: list[WindowScores] = []
     with torch.inference_mode():
-        for batch in _batches(windows, batch_sequences):
+        for batch in window_batches(windows, batch_tokens):
             scores += _score_batch(student, teacher, batch)
             task.advance(len(batch))
     return scores
 
 
-def _batches(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
-    for _, run in groupby(windows, key=lambda window: len(window.tokens)):
+def window_batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Neighbouring windows of equal length, at most `batch_tokens` together; one window at least."""
+    for length, run in groupby(windows, key=lambda window: len(window.tokens)):
         group = list(run)
+        size = max(1, batch_tokens // length)
         for start in range(0, len(group), size):
             yield group[start : start + size]
 

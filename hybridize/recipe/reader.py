@@ -11,8 +11,10 @@ from hybridize.errors import RecipeError
 from hybridize.recipe.build import Builder, join, raise_problems
 from hybridize.recipe.nodes import Node, node_of, parse, read_text
 from hybridize.recipe.overrides import apply_overrides
+from hybridize.recipe.probes import Evaluate
 from hybridize.recipe.schema import LayerPlan, MixerChoice, Origin, Recipe
 from hybridize.recipe.sources import TextSource
+from hybridize.recipe.suites import with_suite
 
 ConfigOf = Callable[[str], type]
 """Gives a mixer's configuration class by name, or raises RecipeError: `hybridize.mixers.registry.config_class`."""
@@ -36,6 +38,30 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = (), mixer_config
     if isinstance(root.value, dict):  # else the file is what to complain about, not what would change in it
         apply_overrides(root, overrides)
     return _recipe(root, Origin(path=path, overrides=tuple(overrides)), mixer_configs)
+
+
+def load_evaluate(suite: str | None, *, overrides: Sequence[str] = ()) -> Evaluate:
+    """The settings of an evaluation without a recipe.
+
+    Args:
+        suite: a name from `hybridize.recipe.suites`; None: the defaults.
+        overrides: as in `load_recipe`; their keys begin with `evaluate.`.
+
+    Raises:
+        RecipeError: no such suite, or something in the overrides is wrong.
+    """
+    root = node_of({"evaluate": {} if suite is None else {"suite": suite}}, "--suite")
+    apply_overrides(root, overrides)
+    assert isinstance(root.value, dict)
+    others = [key for key in root.value if key != "evaluate"]
+    if others:
+        where = root.value[others[0]].where
+        hint = "Its keys begin with `evaluate.`; others need --recipe."
+        raise RecipeError(f"{others[0]} is no part of an evaluation.", where=where, hint=hint)
+    builder = Builder(_SHORTHANDS)
+    settings: Evaluate = builder.build(Evaluate, root.value["evaluate"], "evaluate")
+    raise_problems(builder.problems, where="--set")
+    return settings
 
 
 def recipe_from_dict(
@@ -71,7 +97,7 @@ def _recipe(root: Node, origin: Origin, mixer_configs: ConfigOf | None) -> Recip
     def choice(builder: Builder, node: Node, key: str) -> Any:
         return _mixer_choice(builder, node, key, mixer_configs)
 
-    builder = Builder({LayerPlan: _layer_plan, TextSource: _text_source}, {MixerChoice: choice})
+    builder = Builder(_SHORTHANDS, {MixerChoice: choice})
     recipe: Recipe = builder.build(Recipe, root, "")
     raise_problems(builder.problems, where=str(origin.path))
     return dataclasses.replace(recipe, origin=dataclasses.replace(origin, lines=builder.lines))
@@ -96,6 +122,9 @@ def _layer_plan(node: Node) -> Node:
 def _text_source(node: Node) -> Node:
     """A text alone is the path."""
     return Node({"path": node}, node.where) if isinstance(node.value, str) else node
+
+
+_SHORTHANDS = {LayerPlan: _layer_plan, TextSource: _text_source, Evaluate: with_suite}
 
 
 def _mixer_choice(builder: Builder, node: Node, key: str, mixer_configs: ConfigOf | None) -> Any:

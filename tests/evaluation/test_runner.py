@@ -68,7 +68,7 @@ def test_results_hold_the_measures_and_where_they_come_from(folders: Path, texts
     written = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert written == json.loads(json.dumps(results))
     assert [path.name for path in out.parent.iterdir()] == ["results.json"]
-    assert written["schema"] == "hybridize/results/1"
+    assert written["schema"] == "hybridize/results/2"
     assert set(written) == {"schema", "model", "teacher", "provenance", "probes"}
     assert set(written["probes"]) == {"state_bytes", "perplexity", "agreement", "samples"}
     assert all(row["status"] == "ok" and row["seconds"] >= 0 for row in written["probes"].values())

@@ -20,9 +20,9 @@ from hybridize.progress import SILENT
 from hybridize.recipe.documents import Document
 
 
-def score(student: Any, teacher: Any, windows: list[Window], batch_sequences: int = 1) -> list[WindowScores]:
+def score(student: Any, teacher: Any, windows: list[Window], batch_tokens: int = 1) -> list[WindowScores]:
     with SILENT.task("", None) as task:
-        return score_windows(student, teacher, windows, batch_sequences=batch_sequences, task=task)
+        return score_windows(student, teacher, windows, batch_tokens=batch_tokens, task=task)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_batches_and_chunks_change_nothing(
 ) -> None:
     one = score(other, teacher, windows)
     monkeypatch.setattr(scores_module, "CHUNK_ELEMENTS", 1)
-    many = score(other, teacher, windows, batch_sequences=4)
+    many = score(other, teacher, windows, batch_tokens=1000)
     assert [s.window for s in one] == [s.window for s in many] == windows
     for first, second in zip(one, many, strict=True):
         torch.testing.assert_close(first.student, second.student, atol=1e-4, rtol=1e-4)

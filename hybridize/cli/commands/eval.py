@@ -10,38 +10,52 @@ import click
 from hybridize.cli.app import Settings
 from hybridize.cli.app import command as make
 from hybridize.cli.options import read_recipe
+from hybridize.cli.wishes import PROBES, SUITES, Wishes
 
-PROBES = ("perplexity", "recall", "agreement", "samples")
+TEXTS = "text/held-out/*.txt"
+"""Below the shipped recipes: read where nothing says which texts to measure on."""
 
 
 @make(
     name="eval",
     examples=(
-        "hybridize eval runs/demo/export --recipe smollm2-135m--demo --out results.json",
+        "hybridize eval my-hybrid --suite standard --out results.json",
         "hybridize eval my-hybrid --text 'held-out/*.txt' --probe perplexity --against ./teacher",
-        "hybridize eval my-hybrid --recipe recipe.yaml --gate 'perplexity.ratio<=1.5'   (exit 7 if not)",
+        "hybridize eval runs/demo/export --recipe smollm2-135m--demo --out results.json",
+        "hybridize eval my-hybrid --harness arc_easy,hellaswag",
+        "hybridize eval my-hybrid --gate 'recall@4096>=0.9,ppl_ratio<=1.05'   (exit 7 if not)",
     ),
 )
 @click.argument("model")
+@click.option("--suite", type=click.Choice(SUITES), help="What to measure; default: the recipe's wishes, or quick.")
 @click.option("--recipe", "recipe_name", metavar="RECIPE", help="Takes probes, texts and teacher from a recipe.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key, such as evaluate.recall.samples."
+)
 @click.option("--text", "texts", multiple=True, metavar="PATH", help="Held-out text (repeat); instead of the recipe's.")
 @click.option("--against", "teacher", metavar="MODEL", help="The teacher; default: the one the hybrid was made from.")
 @click.option("--alone", is_flag=True, help="Measure the model without a teacher.")
 @click.option("--probe", "probes", multiple=True, type=click.Choice(PROBES), help="Only this probe (repeat).")
+@click.option("--reading", multiple=True, metavar="FILE", help="Questions on documents: JSON lines or SQuAD (repeat).")
+@click.option("--choices", multiple=True, metavar="FILE", help="Multiple choice: JSON lines or BIG-bench (repeat).")
+@click.option("--harness", metavar="TASK,...", help="Tasks of lm-eval, which the extra `harness` installs.")
 @click.option("--gate", "gates", multiple=True, metavar="CONDITION", help="Exit 7 unless it holds (repeat).")
-@click.option("--seed", type=int, help="Seed of needles and keys; default: the recipe's, or 0.")
+@click.option("--seed", type=int, help="Seed of all that is drawn; default: the recipe's, or 0.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results.json here.")
 @click.option("--overwrite", is_flag=True, help="Replace the file given with --out.")
 def command(
     settings: Settings,
     model: str,
+    suite: str | None,
     recipe_name: str | None,
     changes: tuple[str, ...],
     texts: tuple[str, ...],
     teacher: str | None,
     alone: bool,
     probes: tuple[str, ...],
+    reading: tuple[str, ...],
+    choices: tuple[str, ...],
+    harness: str | None,
     gates: tuple[str, ...],
     seed: int | None,
     out: Path | None,
@@ -49,38 +63,32 @@ def command(
 ) -> None:
     """Measure a model against its teacher.
 
-    Perplexity by position, needle recall, agreement, state bytes and samples.
+    Perplexity, recall, reading, agreement, what each mixer does, state bytes and speed: what is kept, and what is lost.
     """
-    from dataclasses import replace
-
     from hybridize.cli.results_view import results_parts
     from hybridize.errors import UsageError
+    from hybridize.evaluation.gates import gate, parse_conditions
     from hybridize.recipe.lock import recipe_sha256
-    from hybridize.recipe.probes import Evaluate
     from hybridize.recipe.sources import TextSource
 
-    recipe = read_recipe(recipe_name, changes, None, None) if recipe_name else None
-    if changes and recipe is None:
-        raise UsageError("--set changes a recipe, and none is given.", hint="Add --recipe.")
-    if not texts and (recipe is None or recipe.data is None):
-        raise UsageError("nothing says which texts to measure on.", hint="Give --recipe or --text.")
     if out is not None and out.exists() and not overwrite:
         raise UsageError("the file is there already.", where=str(out), hint="Choose another --out, or --overwrite.")
-    wishes = recipe.evaluate if recipe else Evaluate()
-    left_out: dict[str, Any] = {name: None for name in PROBES if probes and name not in probes}
-    wishes = replace(wishes, **left_out)
-    held_out: Any = tuple(TextSource(path) for path in texts) or (recipe.data if recipe else ())
-    from hybridize.evaluation.gates import gate, parse_condition
+    parse_conditions(gates)
+    recipe = read_recipe(recipe_name, changes, None, None) if recipe_name else None
+    wishes = Wishes(suite, changes, probes, reading, choices, harness).settings(recipe)
+    held_out: Any = tuple(TextSource(path) for path in texts) or (recipe.data if recipe else None)
+    base = Path() if texts or recipe is None or recipe.origin is None else recipe.origin.base
+    if held_out is None:
+        held_out, base = _shipped_texts()
+        settings.output.note(f"Measured on the texts that come with hybridize ({TEXTS}); --text names others.")
     from hybridize.evaluation.runner import evaluate
 
-    for condition in gates:
-        parse_condition(condition)
     results = evaluate(
         model,
         teacher=None if alone else teacher or _teacher_of(model) or (recipe.model if recipe else None),
         recipe_evaluate=wishes,
         held_out=held_out,
-        base=Path() if texts or recipe is None or recipe.origin is None else recipe.origin.base,
+        base=base,
         out=out,
         reporter=settings.output.reporter(),
         seed=seed if seed is not None else recipe.seed if recipe else 0,
@@ -100,3 +108,14 @@ def _teacher_of(model: str) -> str | None:
 
     path = Path(model) / "plan.json"
     return ConversionPlan.load(path).teacher if path.is_file() else None
+
+
+def _shipped_texts() -> tuple[tuple[Any, ...], Path]:
+    from hybridize.cli.shipped import shipped_folder
+    from hybridize.errors import UsageError
+    from hybridize.recipe.sources import TextSource
+
+    folder = shipped_folder()
+    if folder is None:
+        raise UsageError("nothing says which texts to measure on.", hint="Give --recipe or --text.")
+    return (TextSource(TEXTS),), folder
