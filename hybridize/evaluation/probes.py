@@ -215,7 +215,7 @@ class Probes:
             return speed(self.models, settings, seed=self.seed, task=task)
 
     def _ablation(self, settings: Any) -> Row:
-        from hybridize.evaluation.inside import ablation
+        from hybridize.evaluation.inside.ablation import ablation
 
         self._require_hybrid()
         windows = self._windows(settings.context_tokens, settings.max_windows)
@@ -223,7 +223,7 @@ class Probes:
             return ablation(self.student, self.teacher, windows, settings, batch_tokens=self.batch_tokens, task=task)
 
     def _inside(self, settings: Any) -> Row:
-        from hybridize.evaluation.inside import inside
+        from hybridize.evaluation.inside.inside import inside
 
         self._require_hybrid()
         windows = self._windows(settings.context_tokens, settings.max_windows)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hybridize.errors import CheckpointError, RecipeError
+from hybridize.recipe.rows import Row, hub_error, hub_rows, jsonl_rows, parquet_rows, text_of
 from hybridize.recipe.schema import Data
+from hybridize.recipe.source_files import (
+    GLOB_CHARACTERS,
+    PACKAGE,
+    decode,
+    find_files,
+    identity,
+    label,
+    place,
+    read_bytes,
+)
 from hybridize.recipe.sources import TextSource
 
 _FORMAT_BY_ENDING = {
@@ -24,7 +32,6 @@ _FORMAT_BY_ENDING = {
 }
 _DEFAULT_PATTERNS = {"text": "**/*.txt", "jsonl": "**/*.jsonl", "parquet": "**/*.parquet"}
 """Which files of a folder are read."""
-_GLOB_CHARACTERS = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,24 @@ def read_documents(
     if not found:
         hint = "Give files, or a split, that hold text."
         raise CheckpointError("The source holds no document with text.", where=source.path, hint=hint)
+
+
+def read_rows(source: TextSource, base: Path, *, offline: bool = False) -> Iterator[Row]:
+    """The rows of one source with all their columns, in a fixed order.
+
+    Raises:
+        RecipeError: nothing matches the path, or its files hold no rows.
+        CheckpointError: a file that is empty or cannot be read.
+    """
+    kind = source_format(source, base)
+    if kind == "jsonl":
+        return jsonl_rows(source, find_files(source, base, _DEFAULT_PATTERNS[kind]), base)
+    if kind == "parquet":
+        return parquet_rows(source, find_files(source, base, _DEFAULT_PATTERNS[kind]), base)
+    if kind == "hub":
+        return hub_rows(source, offline)
+    hint = "Give JSON lines, Parquet or a Hub data set."
+    raise RecipeError("The source holds texts, not rows with columns.", where=source.path, hint=hint)
 
 
 def training_documents(source: TextSource, data: Data, base: Path, *, offline: bool = False) -> Iterator[Document]:
@@ -150,27 +175,29 @@ def local_files(source: TextSource, base: Path) -> list[tuple[str, Path]]:
     kind = source_format(source, base)
     if kind == "hub":
         return []
-    return [(_identity(path, base), path) for path in _files(source, base, _DEFAULT_PATTERNS[kind])]
+    return [(identity(path, source, base), path) for path in find_files(source, base, _DEFAULT_PATTERNS[kind])]
 
 
 def source_format(source: TextSource, base: Path) -> str:
     """The format of a source: as said, else by the ending of its path, else a Hub data set when no such file is there.
 
     Raises:
-        RecipeError: it cannot be told.
+        RecipeError: it cannot be told, or the source's package is not installed.
     """
     if source.format is not None:
         return source.format
     ending = Path(source.path).suffix.lower()
     if ending in _FORMAT_BY_ENDING:
         return _FORMAT_BY_ENDING[ending]
-    if (base / source.path).is_dir():
+    found = place(source, base)
+    if found.is_dir():
         return "text"
     parts = source.path.split("/")
-    if len(parts) <= 2 and all(parts) and not ending and not _GLOB_CHARACTERS & set(source.path):
-        if (base / source.path).exists():
+    if len(parts) <= 2 and all(parts) and not ending and not GLOB_CHARACTERS & set(source.path):
+        if found.exists():
             return "text"
-        return "hub"
+        if not source.path.startswith(PACKAGE):
+            return "hub"
     hint = "Add `format: text`, `jsonl`, `parquet` or `hub`."
     raise RecipeError("The format cannot be told from the path's ending.", where=source.path, hint=hint)
 
@@ -186,154 +213,37 @@ def _hub_commit(source: TextSource) -> str:
     try:
         commit = HfApi().dataset_info(source.path, revision=source.revision).sha
     except Exception as error:
-        raise _hub_error(source, error) from None
+        raise hub_error(source, error) from None
     if commit is None:
-        raise _hub_error(source, ValueError("the Hub names no commit"))
+        raise hub_error(source, ValueError("the Hub names no commit"))
     return commit
 
 
-def _files(source: TextSource, base: Path, default_pattern: str) -> list[Path]:
-    """Matching files, sorted by name so that the order does not depend on the file system."""
-    path = base / source.path
-    if path.is_dir():
-        path = path / default_pattern
-    pattern = str(path)
-    if not Path(pattern).is_file():  # a plain name may hold glob characters
-        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-    else:
-        matches = [Path(pattern)]
-    files = [match for match in matches if match.is_file()]
-    if not files:
-        where = "data: " + source.path
-        hint = "Paths are relative to the recipe's folder; ** matches folders."
-        raise RecipeError(f"No file matches {pattern}.", where=where, hint=hint)
-    return files
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        hint = "Check the file and its permissions."
-        raise CheckpointError(f"The file cannot be read ({error.strerror}).", where=str(path), hint=hint) from None
-    if not content:
-        raise CheckpointError("The file is empty.", where=str(path), hint="Remove it or fill it.")
-    return content
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        hint = "Convert the file, for example with `iconv -t UTF-8`."
-        raise CheckpointError(f"The text is not UTF-8 (byte {error.start}).", where=where, hint=hint) from None
-
-
-def _label(source: TextSource, path: Path) -> str:
-    if source.name is not None:
-        return source.name
-    head, separator, _ = path.stem.partition("--")
-    if separator and head:
-        return head
-    pattern = Path(source.path)
-    named = [part for part in (pattern.stem, *(p.name for p in pattern.parents)) if part]
-    return next((part for part in named if not _GLOB_CHARACTERS & set(part)), path.stem)
-
-
-def _identity(path: Path, base: Path) -> str:
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
-
-
 def _read_text(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
-    for path in _files(source, base, _DEFAULT_PATTERNS["text"]):
-        text = _decode(_read_bytes(path), str(path)).removeprefix("\ufeff")
+    for path in find_files(source, base, _DEFAULT_PATTERNS["text"]):
+        text = decode(read_bytes(path), str(path)).removeprefix("\ufeff")
         parts = text.split("\0")
         for number, part in enumerate(parts):
-            identity = _identity(path, base)
-            yield Document(part, _label(source, path), identity if len(parts) == 1 else f"{identity}#{number}")
+            name = identity(path, source, base)
+            yield Document(part, label(source, path), name if len(parts) == 1 else f"{name}#{number}")
 
 
 def _read_jsonl(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
-    for path in _files(source, base, _DEFAULT_PATTERNS["jsonl"]):
-        with path.open("rb") as lines:
-            empty = True
-            for number, line in enumerate(lines):
-                empty = False
-                if not line.strip():
-                    continue
-                where = f"{path}:{number + 1}"
-                try:
-                    row = json.loads(_decode(line, where))
-                except (ValueError, RecursionError) as error:
-                    hint = "Every line must be one JSON object."
-                    raise CheckpointError(f"The line is not JSON ({error}).", where=where, hint=hint) from None
-                yield Document(_column(row, source, where), _label(source, path), f"{_identity(path, base)}#{number}")
-        if empty:
-            raise CheckpointError("The file is empty.", where=str(path), hint="Remove it or fill it.")
+    return _texts(jsonl_rows(source, find_files(source, base, _DEFAULT_PATTERNS["jsonl"]), base), source)
 
 
 def _read_parquet(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    for path in _files(source, base, _DEFAULT_PATTERNS["parquet"]):
-        number = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                if source.column not in file.schema_arrow.names:
-                    raise _no_column(source, file.schema_arrow.names, str(path))
-                for batch in file.iter_batches(batch_size=256, columns=[source.column]):
-                    for row in batch.to_pylist():
-                        text = _column(row, source, f"{path}#{number}")
-                        yield Document(text, _label(source, path), f"{_identity(path, base)}#{number}")
-                        number += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            hint = "Write or download the file again."
-            raise CheckpointError(f"The Parquet file cannot be read ({error}).", where=str(path), hint=hint) from None
+    files = find_files(source, base, _DEFAULT_PATTERNS["parquet"])
+    return _texts(parquet_rows(source, files, base, columns=[source.column]), source)
 
 
 def _read_hub(source: TextSource, base: Path, offline: bool) -> Iterator[Document]:
-    import datasets
-
-    place = f"{source.path}@{source.revision}" if source.revision else source.path
-    try:
-        rows = datasets.load_dataset(
-            source.path,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=not offline,
-            download_config=datasets.DownloadConfig(local_files_only=offline),
-        )
-    except Exception as error:
-        raise _hub_error(source, error) from None
-    label = source.name or source.path.rsplit("/", 1)[-1]
-    for number, row in enumerate(rows):
-        identity = f"{place}/{source.split}#{number}"
-        yield Document(_column(row, source, identity), label, identity)
+    return _texts(hub_rows(source, offline), source)
 
 
-def _hub_error(source: TextSource, error: Exception) -> CheckpointError:
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    what = f"The data set cannot be read from the Hub ({first_line})."
-    hint = "Check name, config, split and revision, and the network; local files need a path with an ending."
-    return CheckpointError(what, where=source.path, hint=hint)
-
-
-def _column(row: Any, source: TextSource, where: str) -> str:
-    if not isinstance(row, dict) or source.column not in row:
-        raise _no_column(source, sorted(row) if isinstance(row, dict) else [], where)
-    value = row[source.column]
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        hint = "Give the column that holds the text."
-        raise CheckpointError(f"Column {source.column!r} holds a {kind}, not a text.", where=where, hint=hint)
-    return value
-
-
-def _no_column(source: TextSource, names: Sequence[str], where: str) -> CheckpointError:
-    hint = f"Set `column` to one of: {', '.join(names[:12])}." if names else "Every row must be an object with columns."
-    return CheckpointError(f"There is no column {source.column!r}.", where=where, hint=hint)
+def _texts(rows: Iterator[Row], source: TextSource) -> Iterator[Document]:
+    for row in rows:
+        yield Document(text_of(row, source), row.label, row.id)
 
 
 _FORMATS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub}

@@ -1,26 +1,24 @@
-"""Writes the report: report.md and its plots."""
+"""Writes reports: report.md and its charts, and report.html, which holds all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hybridize.checkpoint.resources import resource_errors
 from hybridize.files import write_whole
-from hybridize.report.plots import all_plots, has_matplotlib
-from hybridize.report.prose import samples_section, training_section, verdict
+from hybridize.report import markdown
+from hybridize.report.blocks import Figure, Section
+from hybridize.report.charts.style import standalone
+from hybridize.report.comparison import comparison_sections
+from hybridize.report.names import model_name
+from hybridize.report.page.document import document
 from hybridize.report.results import Results, check_results, read_metrics, read_results
-from hybridize.report.tables import SUMMARY_HEADER, Row, all_tables, markdown, summary
+from hybridize.report.sections import all_sections
+from hybridize.report.tables import SUMMARY_HEADER, Row, summary
 
-REPORT_FILE = "report.md"
-_PLOT_TITLES = {
-    "perplexity.png": "Perplexity by position",
-    "recall.png": "Recall by length and depth",
-    "state-bytes.png": "State bytes over context length",
-    "training.png": "Loss by stage",
-}
-_NO_PLOTS = 'No plots: matplotlib is not installed. Install it with `pip install "hybridize[plots]"` and report again.'
+REPORT = "report"
+COMPARISON = "comparison"
 
 
 def render(results: Results | Path, out: Path, metrics: Path | None = None) -> list[Path]:
@@ -32,34 +30,25 @@ def render(results: Results | Path, out: Path, metrics: Path | None = None) -> l
         metrics: the metrics.jsonl of the distillation, for the loss curves.
 
     Returns:
-        The written files, report.md first.
+        The written files: report.md, report.html, and the charts (SVG) that report.md shows.
 
     Raises:
         UsageError: the results or metrics cannot be read.
         ResourceError: disk, quota or permission.
     """
-    found = read_results(results) if isinstance(results, Path) else check_results(results)
+    found = _read(results)
     steps = None if metrics is None else read_metrics(metrics)
-    plots = all_plots(found, steps) if has_matplotlib() else {}
-    text = report_markdown(found, steps, list(plots))
-    with resource_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        written = [write_whole(out / name, png) for name, png in plots.items()]
-        return [write_whole(out / REPORT_FILE, text), *written]
+    return _write(out, REPORT, model_name(found["model"]), all_sections(found, steps))
 
 
-def report_markdown(
-    results: Results, metrics: Mapping[str, Sequence[Mapping[str, Any]]] | None, plot_names: Sequence[str]
-) -> str:
-    """The report as Markdown; `plot_names` are the files that stand beside it."""
-    parts = [f"# {_name(results['model'])}", verdict(results)]
-    parts += [markdown(table) for table in all_tables(results)]
-    if plot_names:
-        parts += ["## Plots", *(f"![{_PLOT_TITLES[name]}]({name})" for name in plot_names)]
-    if not has_matplotlib():
-        parts.append(_NO_PLOTS)
-    parts += [samples_section(results), training_section(metrics or {}), _provenance(results)]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+def render_comparison(results: Sequence[Results | Path], out: Path) -> list[Path]:
+    """Writes a comparison of several evaluations: comparison.md, comparison.html and its charts.
+
+    Raises:
+        UsageError: results cannot be read.
+        ResourceError: disk, quota or permission.
+    """
+    return _write(out, COMPARISON, "Comparison", comparison_sections([_read(one) for one in results]))
 
 
 def summary_rows(results: Results) -> list[Row]:
@@ -67,28 +56,20 @@ def summary_rows(results: Results) -> list[Row]:
     return list(summary(check_results(results)).rows)
 
 
-def _name(model: Mapping[str, Any]) -> str:
-    """The last part of the folder's name that tells one model from another: "demo" of runs/demo/export."""
-    parts = [part for part in str(model["spec"]).split("/") if part]
-    return parts[-2] if len(parts) > 1 and parts[-1] == "export" else parts[-1]
+def _read(results: Results | Path) -> Results:
+    return read_results(results) if isinstance(results, Path) else check_results(results)
 
 
-def _provenance(results: Results) -> str:
-    origin, teacher = results["provenance"], results["teacher"]
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
-    lines = [
-        "## How this was measured",
-        "",
-        f"- model `{_name(results['model'])}`, fingerprint `{results['model']['fingerprint'][:16]}`",
-    ]
-    if teacher is not None:
-        lines.append(f"- teacher `{_name(teacher)}`, fingerprint `{teacher['fingerprint'][:16]}`")
-    lines += [
-        f"- {origin['created']}, {origin['device']}, {origin['dtype']}, seed {origin['seed']}",
-        f"- {len(origin['documents'])} held-out documents; their SHA-256 are in results.json",
-        f"- {versions}, Python {origin['python']}",
-    ]
-    return "\n".join(lines)
+def _write(out: Path, name: str, title: str, sections: Sequence[Section]) -> list[Path]:
+    figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
+    texts = {
+        f"{name}.md": markdown.document(title, sections),
+        f"{name}.html": document(title, sections),
+        **{f"{figure.name}.svg": standalone(figure.svg) for figure in figures},
+    }
+    with resource_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        return [write_whole(out / file, text) for file, text in texts.items()]
 
 
-__all__ = ["REPORT_FILE", "SUMMARY_HEADER", "render", "report_markdown", "summary_rows"]
+__all__ = ["SUMMARY_HEADER", "render", "render_comparison", "summary_rows"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridize.errors import UsageError
 
-SCHEMA = "hybridize/results/1"
+SCHEMA = "hybridize/results/2"
 """The form that this code reads (evaluation writes it)."""
 
 Results = Mapping[str, Any]

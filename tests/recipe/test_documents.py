@@ -17,6 +17,7 @@ from hybridize.recipe.documents import (
     local_files,
     pin_revisions,
     read_documents,
+    read_rows,
     training_documents,
 )
 from hybridize.recipe.schema import Data
@@ -177,3 +178,62 @@ def test_hub_rows_are_read_at_the_pinned_revision(tmp_path: Path, monkeypatch: p
 def test_local_files_are_named_from_the_base(texts: Path) -> None:
     assert [name for name, _ in local_files(TextSource("text/b*.txt"), texts)] == ["text/b--two.txt"]
     assert local_files(TextSource("org/news"), texts) == []
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package on the path whose import would fail."""
+    folder = tmp_path / "site" / "stored_essays"
+    (folder / "essays").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('files are read without importing')")
+    for name in ("two", "one"):
+        (folder / "essays" / f"{name}.txt").write_text(f"Essay {name}.")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return folder
+
+
+@pytest.mark.parametrize("path", ["package:stored-essays/essays/*.txt", "package:stored_essays/essays"])
+def test_files_of_an_installed_package(package: Path, tmp_path: Path, path: str) -> None:
+    documents = list(read_documents(TextSource(path), tmp_path / "elsewhere"))
+    assert [d.text for d in documents] == ["Essay one.", "Essay two."]
+    assert {d.source_name for d in documents} == {"essays"}
+    name = path.split("/")[0]
+    assert [d.id for d in documents] == [f"{name}/essays/one.txt", f"{name}/essays/two.txt"]
+    assert [file for _, file in local_files(TextSource(path), tmp_path)] == [
+        package / "essays" / "one.txt",
+        package / "essays" / "two.txt",
+    ]
+    (whole,) = {d.source_name for d in read_documents(TextSource("package:stored_essays"), tmp_path)}
+    assert whole == "stored_essays"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("package:no_such_package_/x/*.txt", "pip install --no-deps no-such-package-"),
+        ("package:json.tool/*.txt", "package:NAME/FILES"),
+        ("package:stored_essays/../*.txt", "leads out"),
+        ("package:stored_essays/*.md", "No file matches"),
+        ("package:stored_essays/none", "cannot be told"),
+    ],
+)
+def test_bad_package_paths_are_recipe_errors(package: Path, tmp_path: Path, path: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        list(read_documents(TextSource(path), tmp_path))
+    assert says in str(caught.value)
+    assert path in caught.value.where
+
+
+def test_rows_have_all_their_columns(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"key": "a", "n": 1}, {"key": "b", "n": 2}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name, places in (("a.jsonl", ["a.jsonl:1", "a.jsonl:3"]), ("a.parquet", ["a.parquet#0", "a.parquet#1"])):
+        found = list(read_rows(TextSource(name), tmp_path))
+        assert [row.values for row in found] == rows
+        assert [Path(row.where).name for row in found] == places
+    with pytest.raises(RecipeError, match="JSON lines"):
+        read_rows(TextSource("a.txt"), tmp_path)
