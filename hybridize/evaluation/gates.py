@@ -129,7 +129,7 @@ def _look_up(probes: Mapping[str, Any], name: str) -> float:
 
 
 def _kept(probes: Mapping[str, Any], name: str) -> float:
-    """Student over teacher of "recall", "recall@4096" or "niah_single_2@4096"; the student's share without a teacher."""
+    """Student over teacher of "recall", "recall@4096", "niah_single_2@4096"; the student's share without a teacher."""
     task, _, length = name.partition("@")
     probe = task if task in _PAIRS and not length else "recall"
     _require_finished(probes, probe, name)

@@ -26,17 +26,18 @@ def perplexity(scores: Sequence[WindowScores], position_edges: Sequence[int]) ->
 
 
 def _summary(scores: Sequence[WindowScores]) -> Row:
-    row = {**_exponential("student", mean_of([score.student for score in scores]))}
+    row = {**exponential("student", mean_of([score.student for score in scores]))}
     teacher = [score.teacher for score in scores if score.teacher is not None]
     if teacher:
         difference = [score.student - score.teacher for score in scores if score.teacher is not None]
-        row |= _exponential("teacher", mean_of(teacher)) | _exponential("ratio", mean_of(difference))
+        row |= exponential("teacher", mean_of(teacher)) | exponential("ratio", mean_of(difference))
     else:
         row |= dict.fromkeys(("teacher", "teacher_se", "ratio", "ratio_se"))
     return row | size_of(scores)
 
 
-def _exponential(name: str, mean: Mean) -> Row:
+def exponential(name: str, mean: Mean) -> Row:
+    """A perplexity and its standard error (delta method) from a mean in nats a token, under `name` and `name`_se."""
     value = math.exp(min(mean.value, _LARGEST_EXPONENT))
     error = None if mean.standard_error is None else value * mean.standard_error
     return {name: value, f"{name}_se": error}

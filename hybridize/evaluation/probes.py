@@ -242,7 +242,7 @@ class Probes:
             )
 
     def _baselines(self, settings: BaselinesProbe) -> Row:
-        from hybridize.evaluation.baselines import baselines
+        from hybridize.evaluation.baselines.rows import baselines
 
         self._require_teacher()
         windows = self._windows(settings.context_tokens, settings.max_windows)

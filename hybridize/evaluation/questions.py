@@ -55,7 +55,7 @@ def read_questions(probe: ChoicesProbe, base: Path, *, seed: int) -> list[Questi
     """
     chosen: list[Question] = []
     for source in probe.sources:
-        found = list(_of_source(source, base))
+        found = list(_of_source(source, base, seed))
         if not found:
             raise CheckpointError("The source holds no question.", where=source.path, hint=FORMS)
         for task in dict.fromkeys(question.task for question in found):
@@ -65,15 +65,18 @@ def read_questions(probe: ChoicesProbe, base: Path, *, seed: int) -> list[Questi
     return chosen
 
 
-def _of_source(source: TextSource, base: Path) -> Iterator[Question]:
+def _of_source(source: TextSource, base: Path, seed: int) -> Iterator[Question]:
     archive, is_archive, tasks = source.path.partition(_ARCHIVE)
     if is_archive:
         wanted = [name.strip() for name in tasks.split(",") if name.strip()]
-        yield from _of_archive(base / (archive + _ARCHIVE[:-1]), wanted)
+        if not wanted:
+            hint = "Write ARCHIVE.tar.gz:task,task."
+            raise CheckpointError("No task of the archive is named.", where=source.path, hint=hint)
+        yield from _of_archive(base / (archive + _ARCHIVE[:-1]), wanted, seed)
     elif source.path.endswith(".json"):
         for path in find_files(source, base, "**/task.json"):
             name = source.name or (path.parent.name if path.name == "task.json" else path.stem)
-            yield from _of_task(_parsed(read_bytes(path), str(path)), name, str(path))
+            yield from _of_task(_parsed(read_bytes(path), str(path)), name, str(path), seed)
     else:
         for row in read_rows(source, base):
             yield _of_row(row)
@@ -111,7 +114,7 @@ def _place(answer: Any, choices: Sequence[str]) -> int | None:
     return int(answer) if answer.isdecimal() and int(answer) < len(choices) else None
 
 
-def _of_archive(path: Path, wanted: Sequence[str]) -> Iterator[Question]:
+def _of_archive(path: Path, wanted: Sequence[str], seed: int) -> Iterator[Question]:
     """Tasks of BIG-bench's source archive, in one pass and without unpacking it."""
     missing, seen = set(wanted), set()
     try:
@@ -124,7 +127,7 @@ def _of_archive(path: Path, wanted: Sequence[str]) -> Iterator[Question]:
                 seen.add(name)
                 if name in missing and (file := archive.extractfile(member)) is not None:
                     missing.discard(name)
-                    yield from _of_task(_parsed(file.read(), f"{path}:{name}"), name, f"{path}:{name}")
+                    yield from _of_task(_parsed(file.read(), f"{path}:{name}"), name, f"{path}:{name}", seed)
                     if not missing:
                         return
     except (OSError, tarfile.TarError, EOFError) as error:
@@ -135,26 +138,31 @@ def _of_archive(path: Path, wanted: Sequence[str]) -> Iterator[Question]:
     raise CheckpointError(f"There is no task {name!r}.", where=str(path), hint=f"Nearest: {', '.join(near)}.")
 
 
-def _of_task(content: Any, name: str, where: str) -> Iterator[Question]:
-    """The examples of a BIG-bench task that have just one best answer."""
+def _of_task(content: Any, name: str, where: str, seed: int) -> Iterator[Question]:
+    """The examples of a BIG-bench task that have just one best answer.
+
+    Choices come in an order drawn for each example, as in BIG-bench: in some files the right one is always the first.
+    """
     if not isinstance(content, Mapping) or not isinstance(content.get("examples"), list):
         raise CheckpointError("The file is no BIG-bench task (it has no examples).", where=where, hint=FORMS)
     before, after = content.get("example_input_prefix", "\nQ: "), content.get("example_output_prefix", "\nA: ")
     head = str(content.get("task_prefix", ""))
     listed = content.get("append_choices_to_input", True)
     item = content.get("choice_prefix", "\n  choice: ")
-    for example in content["examples"]:
-        scores = example.get("target_scores") if isinstance(example, Mapping) else None
-        if not isinstance(scores, Mapping) or len(scores) < 2:
+    for number, example in enumerate(content["examples"]):
+        example = example if isinstance(example, Mapping) else {}
+        scores, asked = example.get("target_scores"), example.get("input")
+        if not isinstance(scores, Mapping) or len(scores) < 2 or not isinstance(asked, str):
             continue
-        best = max(scores.values())
-        if sum(value == best for value in scores.values()) != 1:
+        best = [choice for choice, value in scores.items() if value == max(scores.values())]
+        if len(best) != 1:
             continue
-        choices = tuple(str(choice) for choice in scores)
+        choices = sorted(map(str, scores))
+        random.Random(f"{seed}/choices/{name}/{number}").shuffle(choices)
         # BIG-bench shows the choices in the question unless a task says otherwise.
         shown = "".join(f"{item}{choice}" for choice in choices) if listed else ""
-        prompt = f"{head}{before}{example['input']}{shown}{after}".strip()
-        yield Question(name, prompt, choices, list(scores.values()).index(best))
+        prompt = f"{head}{before}{asked}{shown}{after}".strip()
+        yield Question(name, prompt, tuple(choices), choices.index(str(best[0])))
 
 
 def _parsed(content: bytes, where: str) -> Any:

@@ -27,7 +27,7 @@ def speed(models: dict[str, Any], settings: SpeedProbe, *, seed: int, task: Task
     prefill, decode = [], []
     for tokens in settings.lengths:
         for sequences in settings.batch_sequences:
-            size = {"tokens": tokens, "sequences": sequences, "student": None, "teacher": None}
+            size: Row = {"tokens": tokens, "sequences": sequences, "student": None, "teacher": None}
             read, write = dict(size), dict(size)
             for name, model in models.items():
                 read_s, step_s = _times(model, tokens, sequences, settings, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from hybridize.report.blocks import Block, Figure, Paragraphs, Section
 from hybridize.report.charts.lines import Point, Series, line_chart
@@ -50,7 +51,7 @@ def _measures(results: Sequence[Results]) -> Iterator[_Measure]:
     yield _Measure("same next token (%)", lambda one: with_error(probe(one, "agreement") or {}, "top1", 1, 100.0))
     yield _Measure("same greedy tokens", lambda one: with_error(probe(one, "continuation") or {}, "same_tokens", 1))
     for length in sorted({int(n) for one in results for n in (probe(one, "recall") or {"by_length": ()})["by_length"]}):
-        yield _Measure(f"recall, {tokens(length)}", lambda one, length=length: _kept(_recall(one, length)))
+        yield _Measure(f"recall, {tokens(length)}", partial(_recall, length=length))
     yield _Measure("reading", lambda one: _kept(probe(one, "reading")))
     yield _Measure("choices", lambda one: _kept(found := probe(one, "choices"), chance_of(found) if found else 0.0))
     yield _Measure("state bytes", _state)
@@ -61,9 +62,8 @@ def _times(written: str) -> str:
     return written if written == ABSENT else f"× {written}"
 
 
-def _recall(one: Results, length: int) -> Pair | None:
-    found: Pair | None = (probe(one, "recall") or {"by_length": {}})["by_length"].get(str(length))
-    return found
+def _recall(one: Results, *, length: int) -> str:
+    return _kept((probe(one, "recall") or {"by_length": {}})["by_length"].get(str(length)))
 
 
 def _kept(pair: Pair | None, chance: float = 0.0) -> str:

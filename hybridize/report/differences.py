@@ -61,7 +61,13 @@ def _flat(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for key, value in settings.items():
             yield from _flat(value, f"{path}.{key}" if path else str(key))
     elif settings is not None or "." in path:
-        yield path, settings if isinstance(settings, str) else json.dumps(settings)
+        yield path, _written(settings)
+
+
+def _written(setting: Any) -> str:
+    if isinstance(setting, list | tuple):
+        return ", ".join(map(_written, setting)) or "none"
+    return setting if isinstance(setting, str) else json.dumps(setting)
 
 
 def _missing(names: Sequence[str], results: Sequence[Results]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hybridize.report.blocks import Block, Figure, HeatMap, Paragraphs, Quotes, Section, Tokens
-from hybridize.report.tables import markdown
+from hybridize.report.tables import markdown, plain
 
 
 def document(title: str, sections: Sequence[Section]) -> str:
@@ -29,14 +29,6 @@ def _block(block: Block) -> Iterator[str]:
         return
     else:
         yield markdown(block, level=3)
-
-
-_SPECIAL = str.maketrans({"<": "&lt;", "&": "&amp;", "[": "\\[", "`": "\\`", "*": "\\*", "\n": " "})
-
-
-def plain(words: str) -> str:
-    """Words that stay words in Markdown: names of models and texts may hold anything."""
-    return words.translate(_SPECIAL)
 
 
 def fenced(words: str) -> str:

@@ -24,7 +24,7 @@ def says_nothing(pair: Pair, chance: float = 0.0) -> str:
         return ""
     if chance and teacher["low"] <= chance:
         return f"the teacher is at chance ({percent(chance)})"
-    return "" if teacher["share"] >= LEAST_SHARE else "the teacher finds next to nothing"
+    return "" if teacher["share"] >= LEAST_SHARE and pair["kept"] is not None else "the teacher finds next to nothing"
 
 
 def kept(pair: Pair, chance: float = 0.0) -> str:

@@ -26,19 +26,24 @@ class Table:
 
 def markdown(table: Table, level: int = 2) -> str:
     """The table as Markdown, under a heading of that level."""
-    lines = [f"{'#' * level} {table.title}", ""]
+    lines = [f"{'#' * level} {plain(table.title)}", ""]
     lines += [_markdown_row(table.header), _markdown_row(("---", *("---:" for _ in table.header[1:])))]
     lines += [_markdown_row(row) for row in table.rows]
     if table.note:
-        lines += ["", table.note]
+        lines += ["", plain(table.note)]
     return "\n".join(lines) + "\n"
 
 
-_SPECIAL = str.maketrans({"|": "\\|", "<": "&lt;", "&": "&amp;", "\n": " "})
+_SPECIAL = str.maketrans({"<": "&lt;", "&": "&amp;", "[": "\\[", "`": "\\`", "*": "\\*", "\n": " "})
+
+
+def plain(words: str) -> str:
+    """Words that stay words in Markdown: names of models and texts may hold anything."""
+    return words.translate(_SPECIAL)
 
 
 def _markdown_row(cells: Row) -> str:
-    return "| " + " | ".join(cell.translate(_SPECIAL) for cell in cells) + " |"
+    return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def summary(results: Results) -> Table:

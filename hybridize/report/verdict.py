@@ -101,7 +101,8 @@ def _agreement(results: Results) -> Iterator[Finding]:
         yield (
             "Measured",
             (
-                f"Greedy continuations have {same['same_tokens']:.1f} tokens of {same['new_tokens']} in common before they part."
+                f"Greedy continuations have {same['same_tokens']:.1f} tokens of {same['new_tokens']} in common "
+                "before they part."
             ),
         )
 
@@ -125,7 +126,7 @@ def _speed(results: Results) -> Iterator[Finding]:
     row = max(rows, key=lambda row: (row["tokens"], -row["sequences"]))
     faster = row["teacher"] / row["student"]
     sentence = (
-        f"After {tokens(row['tokens'])} tokens a step of {row['sequences']} sequence{'s' * (row['sequences'] > 1)} takes "
-        f"{rounded(row['student'])} ms here, the teacher's {rounded(row['teacher'])} ms."
+        f"After {tokens(row['tokens'])} tokens a step of {row['sequences']} sequence{'s' * (row['sequences'] > 1)} "
+        f"takes {rounded(row['student'])} ms here, the teacher's {rounded(row['teacher'])} ms."
     )
     yield ("Saved" if faster > 1.05 else "Lost" if faster < 0.95 else "Measured"), sentence

@@ -282,17 +282,39 @@ def test_eval_with_texts_probes_and_gates(invoke: Invoke, finished: Path, projec
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        ((), "which texts"),
-        (("--set", "seed=1", "--text", "x"), "Add --recipe"),
-        (("--text", "x", "--gate", "nonsense"), "is not a condition"),
+        (("--set", "seed=1", "--text", "x"), 3, "others need --recipe"),
+        (("--suite", "none"), 2, "'none' is not one of"),
+        (("--text", "x", "--gate", "nonsense"), 2, "is not a condition"),
+        (("--gate", "ppl_ratio<=1.05,recall@"), 2, "'recall@' is not a condition"),
     ],
 )
-def test_eval_refuses(invoke: Invoke, finished: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_eval_refuses(invoke: Invoke, finished: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
     result = invoke("eval", finished / "converted", *arguments)
-    assert result.code == 2
+    assert result.code == code
     assert says in result.err
+
+
+def test_eval_without_texts_measures_on_those_that_come_with_it(invoke: Invoke, finished: Path) -> None:
+    options = ("--probe", "perplexity", "--set", "evaluate.perplexity={context_tokens: 32, max_windows: 1}")
+    result = invoke("eval", finished / "converted", *options, "--alone", "--json")
+    assert result.code == 0, result.err
+    assert "come with hybridize" in result.err
+    assert set(result.json["results"]["probes"]["perplexity"]["by_source"]) == {
+        "apache",
+        "austen",
+        "postgresql",
+        "python",
+    }
+
+
+def test_several_conditions_of_a_gate(invoke: Invoke, finished: Path, project: Path) -> None:
+    arguments = ("eval", finished / "converted", "--recipe", project / "recipe.yaml", "--probe", "perplexity", "-q")
+    assert invoke(*arguments, "--gate", "ppl>1,ppl_ratio<=1e9").code == 0
+    failed = invoke(*arguments, "--gate", "ppl>1,ppl_ratio<=0,ppl<0")
+    assert failed.code == 7
+    assert "2 of 3 gates do not hold" in failed.err
 
 
 def test_export_of_a_run_with_other_settings(invoke: Invoke, finished: Path, tmp_path: Path) -> None:

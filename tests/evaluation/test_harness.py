@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index holds the folder's tasks alone: looking through those of lm-eval takes seconds."""
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope="module")
 def hybrid() -> Any:
     layers = [
@@ -98,6 +107,7 @@ def test_a_hybrid_and_its_teacher_answer_both_kinds_of_tasks(
     json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_padded_batches_of_a_hybrid_change_nothing(hybrid: Any, tokenizer: Any, tasks_folder: Path) -> None:
     models = {"student": hybrid}
     alone = run(models, tokenizer, tasks_folder, "tiny_choice", batch_size=1)
@@ -106,6 +116,7 @@ def test_padded_batches_of_a_hybrid_change_nothing(hybrid: Any, tokenizer: Any, 
     assert alone["tasks"]["tiny_choice"]["acc"]["teacher"] is None
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_bad_tasks_are_named(hybrid: Any, tokenizer: Any, tasks_folder: Path) -> None:
     with pytest.raises(UsageError, match=r"no task 'tiny_chioce'.*tiny_choice"):
         run({"student": hybrid}, tokenizer, tasks_folder, "tiny_chioce")

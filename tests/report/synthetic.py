@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from hybridize.evaluation.cells import pair_cell, share_cell
@@ -70,7 +69,7 @@ def agreement() -> Row:
 
 
 def recall() -> Row:
-    """All of 20 at 1024 tokens in each task; at 4096 half of 20 needles and nothing of the pairs, which no one finds."""
+    """All of 20 needles at 1024 tokens; at 4096 about half of them, and nothing of the pairs, which no one finds."""
     tasks: Row = {
         task: {
             str(length): {
@@ -160,7 +159,8 @@ def ablation() -> Row:
 
 def inside() -> Row:
     def retained(layer: int) -> Row:
-        heads = [{"kept": 61.5 - head, "use": 0.961 - head / 4, "places": [0.19, 0.09] * 2 + [0.0733] * 6} for head in range(3)]
+        places = [0.19, 0.09] * 2 + [0.0733] * 6
+        heads = [{"kept": 61.5 - head, "use": 0.961 - head / 4, "places": places} for head in range(3)]
         return {"index": layer, "window_tokens": 128, "budget_tokens": 64, "heads": heads}
 
     gate = {"half_life_tokens": 3.5, "decay": 0.8123, "beta": 0.4321, "output_gate": 0.2345}
@@ -169,7 +169,7 @@ def inside() -> Row:
         "retention": {"layers": [retained(8), retained(11)], "texts": 4, "tokens": 4096},
         "needles": {"texts": 5, "tokens": 1024, "layers": [{"index": 8, "heads": [0.0625, 0.875, 1.0]}]},
         "gates": {"layers": [{"index": 0, "heads": [gate, {**gate, "half_life_tokens": 700.0}]}], "tokens": 4096},
-        "selection": {"layers": [{"index": 5, "heads": [branch, branch]}], "texts": 4, "tokens": 4096},
+        "selection": {"layers": [{"index": 5, "heads": [branch, dict(branch)]}], "texts": 4, "tokens": 4096},
         "shown": {
             "pieces": ["The", " <b>old</b>", "\n", " king", "</script>", " slept"],
             "window_tokens": 2,
@@ -193,7 +193,7 @@ def baselines() -> Row:
 
     rows = [row("full", None, 20.0, 10), row("recency", 64, 28.75, 1), row("recency", 128, 27.5, 2)]
     rows += [row("key_norm", 64, 26.25, 3), row("learned", 64, 22.25, 8), row("learned", 128, 21.75, 9)]
-    return {"window_tokens": 128, "sink_tokens": 4, "layers": [8, 9, 11], "rows": rows}
+    return {"window_tokens": 128, "sink_tokens": 4, "layers": [8, 9, 11], "rows": rows, "perplexity_from": 192}
 
 
 def samples() -> Row:
@@ -252,27 +252,26 @@ def make_results(name: str = "demo") -> Row:
 
 
 def make_results_alone() -> Row:
-    """The same student without a teacher."""
-    results = without_teacher(make_results())
+    """The same student without a teacher; the teacher's state bytes follow from its configuration."""
+    results = make_results()
     results["teacher"] = None
+    probes = results["probes"]
     for name in ("agreement", "continuation", "baselines"):
-        results["probes"][name] = {"status": "skipped", "error": "no teacher was given", "seconds": 0.0}
-    results["probes"]["inside"]["selection"] = None
+        probes[name] = {"status": "skipped", "error": "no teacher was given", "seconds": 0.0}
+    for name in ("perplexity", "recall", "reading", "choices", "harness", "speed", "samples"):
+        _forget_teacher(probes[name])
+    del probes["state_bytes"]["measured"]["teacher"]
+    for head in probes["inside"]["selection"]["layers"][0]["heads"]:
+        head |= {"mass": None, "best": None}
     return results
 
 
-def without_teacher(node: Any) -> Any:
-    """A copy with nothing of a teacher in it."""
-    if isinstance(node, list):
-        return [without_teacher(child) for child in node]
-    if not isinstance(node, dict):
-        return copy.copy(node)
-    if "student" not in node or "as_promised" in node.get("student", {} if isinstance(node["student"], dict) else ()):
-        return {key: without_teacher(child) for key, child in node.items()}
-    gone = dict.fromkeys(("teacher", "teacher_se", "ratio", "ratio_se", "kept", "same"))
-    if "element_bytes" in node or node.keys() <= {"tokens", "student", "teacher"}:
-        gone = {}  # the teacher's state bytes follow from its configuration
-    return {key: gone.get(key) if key in gone else without_teacher(child) for key, child in node.items()}
+def _forget_teacher(node: Any) -> None:
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _forget_teacher(child)
+    if isinstance(node, dict) and "teacher" in node:
+        compared = ("teacher", "teacher_se", "ratio", "ratio_se", "kept", "same")
+        node |= {key: None for key in compared if key in node}
 
 
 def fail_probe(results: Row, name: str) -> None:

@@ -1,8 +1,8 @@
 """Questions about the metadata of the installed Python packages: real documents that are on every machine.
 
-A document is the records of several packages, one after another. A few questions with their answers show what is
-wanted; the last one, without, names a package and a field, in the form of the records. Only values that stand once in
-all that are asked for, so that finding one is reading it.
+A document is the records of a few packages, one after another, each with the beginning of its README. Then comes a
+question about each of the others with its answer, and the one that is asked, all in the form of the records. Only
+values that stand once in all this are asked for, so that finding one is reading it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SHOWN = (
 )
 NOT_ASKED = ("Name", "Version", "Requires-Python", "Project-URL")
 """The last two are much alike from package to package: a wrong answer would not be a failure to read."""
-README_CHARACTERS = 300
+RECORDS = 4
+"""In a document of any length: with it grows the way to the answer, not the number of names to be told apart."""
+CHARACTERS_PER_TOKEN = 3
+"""Fewer than READMEs have, so that their beginnings leave room for what stands before them."""
 LONGEST_LINE = 160
 SHORTEST_VALUE, LONGEST_VALUE = 4, 60
-WORKED = 3
-"""Questions with answers, about packages of the same document."""
-
 _MARKUP = re.compile(r"\s*(?:\.\.|:|#|<|\||\*\*|\[!?\[|!\[|[-=~*`^]{3})")
 """How lines of a README begin that are no prose: directives, headings, badges, tables, rules."""
 
@@ -74,7 +74,8 @@ def package_passages(
         count: tokens of a text as the model will see it.
         distributions: of `importlib.metadata`; None: the installed ones.
     """
-    found = records(metadata.distributions() if distributions is None else distributions)
+    installed = metadata.distributions() if distributions is None else distributions
+    found = records(installed, CHARACTERS_PER_TOKEN * room // RECORDS)
     sizes = {record.name: count(record.text) for record in found}
     turns: dict[str, list[tuple[Record, Value]]] = {}
     for record in found:
@@ -93,17 +94,21 @@ def package_passages(
             yield passage
 
 
-def records(distributions: Iterable[Any]) -> list[Record]:
-    """One record a package that has anything to ask for, sorted by name."""
+def records(distributions: Iterable[Any], readme_characters: int) -> list[Record]:
+    """One record a package that has anything to ask for, sorted by name.
+
+    Args:
+        readme_characters: shown of the prose of a README.
+    """
     by_name: dict[str, Record] = {}
     for distribution in distributions:
         name = distribution.metadata["Name"]
         if name and name.lower() not in by_name:
-            by_name[name.lower()] = _record(name, distribution.metadata)
+            by_name[name.lower()] = _record(name, distribution.metadata, readme_characters)
     return [record for _, record in sorted(by_name.items()) if record.values]
 
 
-def _record(name: str, fields: Any) -> Record:
+def _record(name: str, fields: Any, readme_characters: int) -> Record:
     text = ""
     values = []
     for field in SHOWN:
@@ -115,13 +120,13 @@ def _record(name: str, fields: Any) -> Record:
                 values.append(Value(field, line, len(text) + len(field) + 2))
             text += f"{field}: {line}\n"
     readme = str(fields.get_payload() or fields["Description"] or "")
-    return Record(name, f"{text}\n{_beginning(readme)}".rstrip() + "\n\n", tuple(values))
+    return Record(name, f"{text}\n{_beginning(readme, readme_characters)}".rstrip() + "\n\n", tuple(values))
 
 
-def _beginning(readme: str) -> str:
+def _beginning(readme: str, characters: int) -> str:
     """The first prose of a README."""
     prose = "\n".join(line.strip() for line in readme.splitlines() if line.strip() and not _MARKUP.match(line))
-    return prose if len(prose) <= README_CHARACTERS else prose[:README_CHARACTERS].rpartition(" ")[0]
+    return prose if len(prose) <= characters else prose[:characters].rpartition(" ")[0]
 
 
 def _compose(
@@ -139,12 +144,10 @@ def _compose(
     worked = ""
     left = room - sizes[record.name] - count(question)
     for other in others:
-        line = ""
-        if len(chosen) <= WORKED:
-            shown = rng.choice(other.values)
-            line = f"{other.asked(shown)} {shown.text}\n\n"
-        needed = sizes[other.name] + (count(line) if line else 0)
-        if needed <= left:
+        shown = rng.choice(other.values)
+        line = f"{other.asked(shown)} {shown.text}\n\n"
+        needed = sizes[other.name] + count(line)
+        if needed <= left and len(chosen) < RECORDS:
             chosen.append(other)
             worked += line
             left -= needed

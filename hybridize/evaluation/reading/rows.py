@@ -56,9 +56,9 @@ def question_passage(source: str, document: str, question: str, answers: Any) ->
 def _extraction(document: str, values: dict[str, Any], source: str) -> Passage | None:
     key = str(values["key"]).strip().rstrip(":")
     # The sets of Arora et al. end with the key already.
-    head = document.rstrip().removesuffix(":").rstrip()
-    if head.lower().endswith(key.lower()):
-        document = head[: len(head) - len(key)].rstrip()
+    text = document.rstrip()
+    if text.lower().endswith(f"{key}:".lower()):
+        document = text[: -len(key) - 1].rstrip()
     return _passage(source, document, f"\n{key}:", _answers(values["value"])[0], f"{key}:")
 
 

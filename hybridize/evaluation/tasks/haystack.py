@@ -41,14 +41,16 @@ def fill(
     Returns:
         None if there is no room for the hidden texts and any hay.
     """
-    needed = room - len(pieces.line_end) - sum(len(_piece(pieces, text, lines, first=False)) for _, text in hidden)
+    needed = room - len(pieces.line_end) - sum(_most_tokens(pieces, text, lines) for _, text in hidden)
     if needed < 1:
         return None
     texts: list[str] = []
     ends = [0]
     while ends[-1] < needed + _SLACK_TOKENS:
-        texts.append(next(hay))
-        ends.append(ends[-1] + len(_piece(pieces, texts[-1], lines, first=False)))
+        texts.append(text := next(hay))
+        begins = len(texts) == 1
+        tokens = _most_tokens(pieces, text, lines) if begins else len(_piece(pieces, text, lines, first=False))
+        ends.append(ends[-1] + tokens)
     boundaries = [n for n in ends if n <= needed]
     places = [min(range(len(boundaries)), key=lambda i: abs(boundaries[i] - depth * needed)) for depth, _ in hidden]
     elements: list[_Element] = []
@@ -70,7 +72,7 @@ def _cut(pieces: Pieces, room: int, elements: Sequence[_Element], lines: bool) -
             kept = max(0, len(tokens[i]) - excess)
             excess -= len(tokens[i]) - kept
             tokens[i] = tokens[i][:kept]
-            if lines and kept:  # the line end was cut off with the rest
+            if lines and kept >= len(pieces.line_end):  # the line end was cut off with the rest
                 tokens[i] = (*tokens[i][: kept - len(pieces.line_end)], *pieces.line_end)
     if excess:
         return None
@@ -84,3 +86,8 @@ def _piece(pieces: Pieces, text: str, lines: bool, *, first: bool) -> Ids:
     if lines:
         return pieces.joined(f"{text}\n")
     return pieces.joined(text) if first else pieces.spaced(text)
+
+
+def _most_tokens(pieces: Pieces, text: str, lines: bool) -> int:
+    """Of a piece of which it is not known yet whether it begins the context, so that none before a needle is cut."""
+    return max(len(_piece(pieces, text, lines, first=first)) for first in (False, True))

@@ -145,7 +145,7 @@ def _frame(pieces: Pieces, spec: NeedleTask, queries: list[str]) -> tuple[Ids, I
     head, tail = ONE if spec.num_answers == 1 else SEVERAL
     query = queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"
     names = {"thing": spec.thing, "things": f"{spec.thing}s", "query": query}
-    return pieces.joined(head.format(**names)), pieces.joined(tail.format(**names))
+    return pieces.opening(head.format(**names)), pieces.joined(tail.format(**names))
 
 
 def _hay(pieces: Pieces, spec: NeedleTask, rng: random.Random, taken: set[str]) -> Iterator[str]:

@@ -33,14 +33,20 @@ class Pieces:
         # SentencePiece writes a blank before every text, also before a piece that continues another.
         self._adds_blank = " " in tokenizer.decode([*letter, *letter])
         self._known: dict[str, Ids] = {}
-        self.line_end = self.joined("\n")
+        self.line_end = self._ids("a\n")[len(letter) :]
+
+    def opening(self, text: str) -> Ids:
+        """The tokens of a text that begins the prompt; if it ends with a line end, a word follows."""
+        if not text.endswith("\n"):
+            return self._ids(text)
+        # How several line ends are split depends on what follows them.
+        return self._ids(f"{text}a")[: -len(self.joined("a"))]
 
     def joined(self, text: str) -> Ids:
         """The tokens of a text that follows another with nothing between them, or begins a line."""
         if not self._adds_blank:
             return self._remembered(text)
-        line_end = self._ids("\n")
-        return self._ids("\n" + text)[len(line_end) :]
+        return self._remembered(f"\n{text}")[len(self._remembered("\n")) :]
 
     def spaced(self, text: str) -> Ids:
         """The tokens of a text that follows another after a blank."""

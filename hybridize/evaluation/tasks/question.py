@@ -28,5 +28,5 @@ class Asked:
         return UsageError(
             f"a prompt of {self.tokens} tokens has no room for a haystack ({self.task}).",
             where="evaluate.recall.lengths",
-            hint="Give longer prompts: 512 tokens hold every task with most tokenizers.",
+            hint="Give longer prompts: 1024 tokens hold every task with most tokenizers.",
         )

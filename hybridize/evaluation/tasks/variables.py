@@ -29,8 +29,7 @@ def variable_tracking(pieces: Pieces, asked: Asked) -> Item:
     rng = asked.rng
     names = _names(LETTERS, rng)
     value = str(rng.randint(10_000, 99_999))
-    # Tokenizers keep the last of several line ends apart when a word follows.
-    head = (*pieces.joined(f"{_example(rng)}\n\n{HEAD}"), *pieces.line_end)
+    head = pieces.opening(f"{_example(rng)}\n\n{HEAD}\n")
     tail = pieces.joined(QUESTION.format(value=value, count=len(names)))
     depths = sorted(rng.random() for _ in names)
     context = fill(

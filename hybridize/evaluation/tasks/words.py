@@ -57,17 +57,25 @@ LONG = Repeats(30, 3, 10, 3, 40)
 
 def common_words(pieces: Pieces, asked: Asked) -> Item:
     """Common words extraction: ten words that stand in a list more often than all others, behind a solved example."""
-    repeats = SHORT if asked.tokens < LONG_TOKENS else LONG
-    rng = asked.rng
+    seed = asked.rng.getrandbits(64)
+    # A list of the longer kind does not fit where a tokenizer spends many tokens on a word.
+    for repeats in (LONG, SHORT) if asked.tokens >= LONG_TOKENS else (SHORT,):
+        item = _common_words(pieces, asked, repeats, random.Random(seed))
+        if item is not None:
+            return item
+    raise asked.no_room()
+
+
+def _common_words(pieces: Pieces, asked: Asked, repeats: Repeats, rng: random.Random) -> Item | None:
     words = _vocabulary(pieces, asked.tokens, repeats, rng)
     example, words = words[: repeats.example_words], words[repeats.example_words :]
-    head = pieces.joined(_example(example, repeats, rng) + "\n" + LIST_HEAD)
+    head = pieces.opening(_example(example, repeats, rng) + "\n" + LIST_HEAD)
     tail = (*pieces.line_end, *pieces.joined(LIST_QUESTION))
     room = asked.tokens - len(pieces.start) - len(head) - len(tail)
     common, uncommon = words[:NUM_COMMON], words[NUM_COMMON:]
     context = _longest_list(pieces, room, common * repeats.common, uncommon, repeats.uncommon, rng)
     if context is None:
-        raise asked.no_room()
+        return None
     answers = tuple(common)
     budget = NUMBER_TOKENS + sum(len(pieces.spaced(f"10. {word}")) + 1 for word in answers)
     return Item(asked.task, (*pieces.start, *head, *context, *tail), answers, budget, asked.tokens)
@@ -76,12 +84,12 @@ def common_words(pieces: Pieces, asked: Asked) -> Item:
 def frequent_words(pieces: Pieces, asked: Asked) -> Item:
     """Frequent words extraction: coded words with Zipf frequencies k⁻², the first of which are dots; the next three."""
     rng = asked.rng
-    size = max(asked.tokens // TOKENS_PER_CODED_WORD, 4)
+    size = max(asked.tokens // TOKENS_PER_CODED_WORD, 5)
     words: dict[str, None] = {}
     while len(words) < size:
         words["".join(rng.choices(string.ascii_lowercase, k=CODED_LETTERS))] = None
     vocabulary = [DOTS, *list(words)[1:]]
-    head = pieces.joined(CODE_HEAD)
+    head = pieces.opening(CODE_HEAD)
     tail = (*pieces.line_end, *pieces.joined(CODE_QUESTION))
     room = asked.tokens - len(pieces.start) - len(head) - len(tail)
     context = _longest_code(pieces, room, vocabulary, rng)
@@ -162,7 +170,8 @@ def _longest_code(pieces: Pieces, room: int, vocabulary: list[str], rng: random.
         else:
             high = middle - 1
     words = words_of(low)
-    if len({*words}) < 5:  # the dots, three answers and one that comes less often
+    # The last of the three answers comes more often than the first word that is none.
+    if not words.count(vocabulary[3]) > words.count(vocabulary[4]) > 0:
         return None
     rng.shuffle(words)
     ids = [token for word in words for token in pieces.spaced(word)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hybridize.report.charts.elements import WIDTH, drawing, element, line, shortened, text, words_width
 from hybridize.report.charts.scale import Axis, Scale
 
-_LEFT, _RIGHT, _PLOT, _ROW = 62, 14, 190, 18
+_RIGHT, _PLOT, _ROW = 14, 190, 18
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, one: floa
     """
     legend, top = _legend([item for item in series if item.name])
     bottom = top + _PLOT
-    across = x.scale([point.x for item in series for point in item.points], _LEFT + 8, WIDTH - _RIGHT - 8)
     heights = [value for item in series for point in item.points for value in (point.y, point.low, point.high)]
     known = [value for value in heights if value is not None] + ([] if one is None else [one])
     up = y.scale(known, bottom - 8, top + 8)
-    parts = [*legend, *_frame(x, y, across, up, top, bottom)]
+    left = 30 + max(words_width(y.show(value)) for value in up.ticks())
+    across = x.scale([point.x for item in series for point in item.points], left + 8, WIDTH - _RIGHT - 8)
+    parts = [*legend, *_frame(x, y, across, up, (left, top, bottom))]
     if one is not None:
-        parts.append(line(_LEFT, up(one), WIDTH - _RIGHT, up(one), "one"))
+        parts.append(line(left, up(one), WIDTH - _RIGHT, up(one), "one"))
     for item in series:
         parts += _drawn(item, across, up)
     return drawing(title, bottom + 40, parts)
@@ -61,7 +62,7 @@ def _legend(series: Sequence[Series]) -> tuple[list[str], float]:
     left, top = 4.0, 36.0
     for item in series:
         name = shortened(item.name, WIDTH - 40)
-        width = words_width(name) + 28
+        width = words_width(name) + 34
         if left > 4 and left + width > WIDTH:
             left, top = 4.0, top + _ROW
         mark = line(left, top - 4, left + 14, top - 4, "line" + (" dashed" if "dashed" in item.kind else ""))
@@ -72,16 +73,17 @@ def _legend(series: Sequence[Series]) -> tuple[list[str], float]:
     return parts, top + 8 if series else 26
 
 
-def _frame(x: Axis, y: Axis, across: Scale, up: Scale, top: float, bottom: float) -> list[str]:
+def _frame(x: Axis, y: Axis, across: Scale, up: Scale, box: tuple[float, float, float]) -> list[str]:
+    left, top, bottom = box
     parts = []
     for value in up.ticks():
-        parts.append(line(_LEFT, up(value), WIDTH - _RIGHT, up(value), "grid"))
-        parts.append(text(y.show(value), _LEFT - 6, up(value) + 4, "soft end"))
+        parts.append(line(left, up(value), WIDTH - _RIGHT, up(value), "grid"))
+        parts.append(text(y.show(value), left - 6, up(value) + 4, "soft end"))
     for value in across.ticks():
         parts.append(line(across(value), bottom, across(value), bottom + 4, "grid"))
         parts.append(text(x.show(value), across(value), bottom + 17, "soft mid"))
-    parts.append(line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "grid"))
-    parts.append(text(x.label, (_LEFT + WIDTH - _RIGHT) / 2, bottom + 34, "soft mid"))
+    parts.append(line(left, bottom, WIDTH - _RIGHT, bottom, "grid"))
+    parts.append(text(x.label, (left + WIDTH - _RIGHT) / 2, bottom + 34, "soft mid"))
     turn = f"rotate(-90 12 {(top + bottom) / 2:.0f})"
     label = element("text", html.escape(y.label), x=12, y=round((top + bottom) / 2), kind="soft mid", transform=turn)
     return [*parts, label]

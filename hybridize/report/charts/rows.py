@@ -13,7 +13,7 @@ _TOP, _ROW, _WIDEST_LABEL = 30, 20, 170
 
 @dataclass(frozen=True)
 class Bar:
-    """A row: its value, the ends of its interval (None: open), the number as it is written, the kind that colours it."""
+    """A row: its value, the ends of its interval (None: open), the number as it is written, and the kind."""
 
     label: str
     value: float

@@ -79,4 +79,4 @@ def _linear_ticks(low: float, high: float, most: int) -> list[float]:
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(n * step, 12) for n in range(first, last + 1)]
+    return [n * step for n in range(first, last + 1)]

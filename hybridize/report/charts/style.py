@@ -31,7 +31,7 @@ CHART_STYLE = "\n".join(
 
 
 def standalone(svg: str) -> str:
-    """An <svg> element as a file of its own, with the style in it."""
+    """An <svg> element as a file of its own: with the style in it, and a width that readers of Markdown can bear."""
     head, body = svg.split(">", 1)
-    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="560" ', 1)
     return f"{head}><style>{CHART_STYLE}</style>{body}\n"

@@ -14,6 +14,9 @@ from hybridize.report.page.style import STYLE
 from hybridize.report.page.tokens import token_view
 from hybridize.report.tables import Table
 
+_INTERVAL = re.compile(r" (?=[(±])")
+"""Where the spread of a number begins."""
+
 
 def document(title: str, sections: Sequence[Section]) -> str:
     """The HTML text."""
@@ -31,16 +34,16 @@ def document(title: str, sections: Sequence[Section]) -> str:
 
 
 def _section(section: Section) -> str:
-    """Charts that follow each other stand side by side, and so do heat maps."""
+    """Charts that follow each other stand in one box, and so do heat maps; tables beside them where there is room."""
     parts = []
     for kind, blocks in itertools.groupby(section.blocks, type):
-        inner = "\n".join(map(_block, blocks))
-        box = {Figure: "figures", HeatMap: "maps"}.get(kind)
-        parts.append(f'<div class="{box}">\n{inner}\n</div>' if box else inner)
+        box = {Figure: "figures", HeatMap: "maps", Table: "table"}.get(kind, "words")
+        written = [_block(block) for block in blocks]
+        boxes = written if kind is Table else ["\n".join(written)]
+        parts += [f'<div class="{box}">\n{inner}\n</div>' for inner in boxes]
     anchor = _anchor(section.title)
-    return f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{escape(section.title)}</h2>\n' + (
-        "\n".join(parts) + "\n</section>"
-    )
+    head = f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{escape(section.title)}</h2>\n<div class="parts">'
+    return "\n".join([head, *parts, "</div>\n</section>"])
 
 
 def _anchor(title: str) -> str:
@@ -62,17 +65,25 @@ def _block(block: Block) -> str:
 
 
 def _paragraph(label: str, words: str) -> str:
-    return f"<p><strong>{escape(label)}.</strong> {escape(words)}</p>" if label else f"<p>{escape(words)}</p>"
+    words = escape(words).replace("× ", "×&nbsp;").replace(" %", "&nbsp;%")
+    return f"<p><strong>{escape(label)}.</strong> {words}</p>" if label else f"<p>{words}</p>"
 
 
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for label, *cells in table.rows
+        f'<tr><th scope="row">{escape(label)}</th>{"".join(map(_cell, cells))}</tr>' for label, *cells in table.rows
     )
     note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
         f'<h3>{escape(table.title)}</h3>\n<div class="scroll" tabindex="0"><table class="plain">'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{note}"
     )
+
+
+def _cell(words: str) -> str:
+    """A number stays in one line; on a phone its interval or error may stand in the next."""
+    parts = _INTERVAL.split(escape(words), maxsplit=1)
+    if len(parts) == 1:
+        return f"<td>{parts[0]}</td>"
+    return f'<td class="spread">{" ".join(f"<span>{part}</span>" for part in parts)}</td>'

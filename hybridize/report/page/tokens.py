@@ -38,7 +38,8 @@ def _span(piece: str, token: int, count: int, num_heads: int, in_window: bool) -
     kinds = [name for name, applies in (("window", in_window), ("break", "\n" in piece)) if applies]
     kind = f' class="{" ".join(kinds)}"' if kinds else ""
     share = count / num_heads if num_heads else 0.0
-    return f'<span{kind} style="--v:{share:.3f}" title="token {token}: {count} of {num_heads} heads">{escape(piece)}</span>'
+    title = f"token {token}: {count} of {num_heads} heads"
+    return f'<span{kind} style="--v:{share:.3f}" title="{title}">{escape(piece)}</span>'
 
 
 def _select(name: str, numbers: Sequence[int]) -> str:

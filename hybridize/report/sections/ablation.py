@@ -11,7 +11,7 @@ from hybridize.report.charts.scale import Axis
 from hybridize.report.charts.style import NUM_COLOURS
 from hybridize.report.numbers import ranges, rounded, with_error
 from hybridize.report.results import Results, probe
-from hybridize.report.tables import Table
+from hybridize.report.tables import Row, Table
 from hybridize.report.verdict import Z_95
 
 _EXTREMES = 5
@@ -31,7 +31,7 @@ def ablation(results: Results) -> Section | None:
 
 def _by_mixer(row: Mapping[str, Any]) -> Table:
     whole = row["whole"]
-    rows = [("nothing (the student as it is)", "0", rounded(whole["kl"]), f"{whole['perplexity']:.2f}")]
+    rows: list[Row] = [("nothing (the student as it is)", "0", rounded(whole["kl"]), f"{whole['perplexity']:.2f}")]
     rows += [(f"{part['mixer']} (layers {ranges(part['layers'])})", *_cells(part)) for part in row["mixers"]]
     note = (
         f"Each mixer in all its layers replaced by a window of {row['window_tokens']} tokens, or by its own. "

@@ -11,7 +11,7 @@ from hybridize.report.pairs import chance_of, kept, samples_of
 from hybridize.report.results import Results, probe
 from hybridize.report.tables import Table
 
-_HEADER = ("questions", "student", "teacher", "student : teacher")
+_HEADER = ("student", "teacher", "student : teacher", "questions")
 
 
 def answers(results: Results) -> Section:
@@ -28,7 +28,7 @@ def answers(results: Results) -> Section:
 
 def _reading(reading: Mapping[str, Any]) -> Iterator[Block]:
     named = [*([("all", reading)] if len(reading["sources"]) != 1 else []), *reading["sources"].items()]
-    rows = [(name, samples_of(row), share(row["student"]), share(row["teacher"]), kept(row)) for name, row in named]
+    rows = [(name, share(row["student"]), share(row["teacher"]), kept(row), samples_of(row)) for name, row in named]
     spans = "; ".join(
         f"{name} {row['prompt_tokens'][0]}-{row['prompt_tokens'][1]}" for name, row in named if "questions" in row
     )
@@ -54,15 +54,15 @@ def _choices(choices: Mapping[str, Any]) -> Table:
     if len(choices["tasks"]) != 1:
         rows.append(("all", *_choice_cells(choices, chance_of(choices))))
     rows += [(name, *_choice_cells(row, row["chance"])) for name, row in choices["tasks"].items()]
-    note = "The likeliest answer by bytes (acc_norm of lm-evaluation-harness); chance is what guessing scores."
-    header = ("task", "questions", "chance", *_HEADER[1:], "same choice")
+    note = "The likeliest answer by bytes (acc_bytes of lm-evaluation-harness); chance is what guessing scores."
+    header = ("task", "chance", *_HEADER, "same choice")
     return Table("Multiple choice", header, rows, note)
 
 
 def _choice_cells(row: Mapping[str, Any], chance: float) -> tuple[str, ...]:
     pair = (share(row["student"]), share(row["teacher"]), kept(row, chance))
     same = row.get("same")
-    return (samples_of(row), percent(chance), *pair, ABSENT if same is None else percent(same["share"]))
+    return (percent(chance), *pair, samples_of(row), ABSENT if same is None else percent(same["share"]))
 
 
 def _harness(harness: Mapping[str, Any]) -> Table:

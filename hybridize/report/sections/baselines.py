@@ -48,9 +48,12 @@ def _table(probed: Row) -> Table:
     header = ("policy", "budget", "perplexity", *(f"{task}, {tokens(length)}" for task, length in asked))
     note = (
         f"The teacher with its attention in layers {ranges(probed['layers'])} replaced by a window of "
-        f"{probed['window_tokens']} tokens and the retained ones of the budget ({probed['sink_tokens']} sinks among them). "
+        f"{probed['window_tokens']} tokens and the retained ones of the budget "
+        f"({probed['sink_tokens']} sinks among them). "
         "full: the teacher as it is; learned: the student's own eviction."
     )
+    if probed.get("perplexity_from"):
+        note += f" Perplexity is that of the tokens from position {probed['perplexity_from']} on."
     return Table("Policies at equal budgets", header, rows, note)
 
 

@@ -48,7 +48,11 @@ def _state(state: Mapping[str, Any]) -> Iterator[Block]:
     ticks = [float(row["tokens"]) for row in state["by_context"]]
     x = Axis("context (tokens)", base=2, ticks=ticks, show=lambda value: tokens(round(value)))
     title = "State bytes of one sequence"
-    yield Figure("state-bytes", title, line_chart(title, series, x, Axis("state bytes", base=2, show=size)))
+    yield Figure(
+        "state-bytes",
+        title,
+        line_chart(title, series, x, Axis("state bytes", base=2, show=lambda value: size(value).replace(".0 ", " "))),
+    )
 
 
 def _quality(state: Mapping[str, Any], recall: Mapping[str, Any]) -> Iterator[Block]:

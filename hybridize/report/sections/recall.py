@@ -27,15 +27,19 @@ def recall(results: Results) -> Section | None:
 
 
 def _by_task(row: Mapping[str, Any]) -> Table:
-    rows = [
-        (f"{task}, {tokens(length)}", samples_of(pair), share(pair["student"]), share(pair["teacher"]), kept(pair))
+    named = [("all", row)]
+    named += [
+        (f"{task}, {tokens(length)}", pair)
         for task, lengths in row["tasks"].items()
         for length, pair in by_length(lengths)
+    ]
+    rows = [
+        (name, share(pair["student"]), share(pair["teacher"]), kept(pair), samples_of(pair)) for name, pair in named
     ]
     note = "Tasks of RULER (arXiv 2404.06654) and multi-query associative recall (arXiv 2312.04927)."
     if row["left_out"]:
         note += f" Left out for want of prose: {', '.join(row['left_out'])}."
-    header = ("task, tokens", "questions", "student", "teacher", "student : teacher")
+    header = ("task, tokens", "student", "teacher", "student : teacher", "questions")
     return Table("Recall by task and length", header, rows, note)
 
 

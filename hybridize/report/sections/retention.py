@@ -51,9 +51,7 @@ def _retained(row: Mapping[str, Any]) -> Iterator[Block]:
     yield by_head("Budget use (%)", layers, lambda head: share_heat(head["use"], f"{head['kept']:.2f} tokens retained"))
     columns = [f"{tenth * 10}-{tenth * 10 + 10}" for tenth in range(_TENTHS)]
     places = [(f"layer {layer['index']}", [*map(share_heat, _mean_places(layer))]) for layer in layers]
-    note = (
-        "Per cent of the retained tokens in each tenth of the text before the window (0: beginning); mean of the heads."
-    )
+    note = "Per cent of the retained tokens in each tenth of the text before the window, mean of the heads."
     yield HeatMap("Where retained tokens lie", "% of text", columns, places, note)
 
 
@@ -67,8 +65,8 @@ def _needles(row: Mapping[str, Any]) -> Iterator[Block]:
         for layer in row["layers"]
     ]
     note = (
-        f"Share of the needle's tokens still held at the end of the prompt, over {row['texts']} prompts of "
-        f"{row['tokens']:,} tokens: a needle that no head holds cannot be found through this layer."
+        f"Share of the needle's tokens still held at the end of the prompt, over {row['texts']} prompts, "
+        f"{row['tokens']:,} tokens in all: a needle that no head holds cannot be found through this layer."
     )
     yield Table("Who holds the needle", ("layer", "mean of heads", "best head"), rows, note)
     yield by_head("Needle held (%)", row["layers"], share_heat)

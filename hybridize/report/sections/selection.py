@@ -31,8 +31,9 @@ def selection(results: Results) -> Section | None:
         "Share of the teacher's attention outside the window that lies in the selected blocks, and in the best blocks "
         f"of equal number; means over heads, {row['texts']} texts, {row['tokens']:,} tokens."
     )
-    maps = [by_head("Selected, of the best possible (%)", row["layers"], _of_best)]
-    maps += [_gate_map(row, name) for name in _BRANCHES]
+    maps = [_gate_map(row, name) for name in _BRANCHES]
+    if any(head["best"] for layer in row["layers"] for head in layer["heads"]):
+        maps.insert(0, by_head("Selected, of the best possible (%)", row["layers"], _of_best))
     return Section("Native sparse attention", [Table("Selected blocks", header, rows, note), *maps])
 
 
