@@ -32,26 +32,28 @@ def ask(model: Any, tokenizer: Any, items: Sequence[Item], *, batch_tokens: int,
 def answers(model: Any, tokenizer: Any, items: Sequence[Item], *, batch_tokens: int, task: Task) -> list[str]:
     """What the model writes after each prompt, at most the item's `answer_tokens`, greedily.
 
-    Prompts of one length stand side by side without padding; an item in a batch with longer answers gets no more
-    tokens for it.
+    Items of one `group` go together, so that prompts of one length need no padding; an item in a batch with longer
+    answers gets no more tokens for it.
     """
     texts = [""] * len(items)
-    batches = batches_by_tokens(
-        items, batch_tokens, lambda item: len(item.prompt) + item.answer_tokens, lambda item: item.answer_tokens
-    )
-    for batch in batches:
-        budget = max(items[i].answer_tokens for i in batch)
-        made = greedy(model, tokenizer, [items[i].prompt for i in batch], budget)
-        for i, tokens in zip(batch, made, strict=True):
-            texts[i] = tokenizer.decode(tokens[: items[i].answer_tokens], skip_special_tokens=True)
-        task.advance(len(batch))
+    for group in _groups([item.group for item in items]):
+        own = [items[i] for i in group]
+        batches = batches_by_tokens(
+            own, batch_tokens, lambda item: len(item.prompt) + item.answer_tokens, lambda item: item.answer_tokens
+        )
+        for batch in batches:
+            budget = max(own[n].answer_tokens for n in batch)
+            made = greedy(model, tokenizer, [own[n].prompt for n in batch], budget)
+            for n, tokens in zip(batch, made, strict=True):
+                texts[group[n]] = tokenizer.decode(tokens[: own[n].answer_tokens], skip_special_tokens=True)
+            task.advance(len(batch))
     return texts
 
 
 def target_shares(model: Any, items: Sequence[Item], *, batch_tokens: int, task: Task) -> list[float]:
     """The share of each item's targets that the model finds likeliest after the tokens before them."""
     shares = [0.0] * len(items)
-    for same_length in _by_length(items):
+    for same_length in _groups([len(item.prompt) for item in items]):
         for batch in batches_by_tokens(same_length, batch_tokens, lambda i: len(items[i].prompt)):
             chosen = [same_length[i] for i in batch]
             for i, share in zip(chosen, _shares_of(model, [items[i] for i in chosen]), strict=True):
@@ -60,10 +62,11 @@ def target_shares(model: Any, items: Sequence[Item], *, batch_tokens: int, task:
     return shares
 
 
-def _by_length(items: Sequence[Item]) -> list[list[int]]:
+def _groups(keys: Sequence[int]) -> list[list[int]]:
+    """Places of equal keys."""
     groups: dict[int, list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(len(item.prompt), []).append(i)
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 

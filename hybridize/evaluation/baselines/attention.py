@@ -27,11 +27,13 @@ class PolicyAttention(Mixer):
 
     config_class = PolicyConfig
 
-    def forward(self, hidden_states: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if attention_mask is not None:
+    def forward(self, hidden_states: Tensor, *args: Any, token_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        # Not `attention_mask`: some attention implementations get one that says no more than what is causal.
+        padded = token_positions is not None and bool((token_positions < 0).any())
+        if padded or kwargs.get("cu_seqlens") is not None:
             raise UsageError(
-                "training-free eviction reads texts without padding.",
-                hint="Give prompts of equal length, without a mask.",
+                "training-free eviction reads one text a row, without padding.",
+                hint="Give prompts of equal length.",
             )
         return super().forward(hidden_states, *args, **kwargs)
 
@@ -113,7 +115,8 @@ class PolicyAttention(Mixer):
             state["near_worth"] = state["near_worth"] + received[:, :, kept:]
         remembered = num_queries(self.config.policy)
         if remembered:
-            state["last_queries"] = torch.cat((state["last_queries"], q), dim=1)[:, -remembered:]
+            latest = q[:, -remembered:]
+            state["last_queries"] = torch.cat((state["last_queries"], latest), dim=1)[:, -remembered:]
         values = state.held("values")[:, :, None]  # [B, H, 1, S, D]
         out = probability.to(values.dtype) @ values  # [B, H, G, n, D]
         return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
@@ -123,7 +126,8 @@ class PolicyAttention(Mixer):
         keys = state.held("keys")
         heads = keys.shape[1]
         grouped = q.reshape(*q.shape[:2], heads, q.shape[2] // heads, q.shape[3]).permute(0, 2, 3, 1, 4)
-        logits = self.scale * (grouped @ keys[:, :, None].transpose(-1, -2)).float()
+        # In fp32, as kernels add up: logits rounded to bf16 would hold these policies back against the others.
+        logits = self.scale * (grouped.float() @ keys[:, :, None].transpose(-1, -2).float())
         query = torch.arange(end - q.shape[1], end, device=q.device)[:, None]
         distance = query - state.positions(end)[:, :, None]  # [B, H, n, S]
         outside = distance >= self.config.window
@@ -171,7 +175,7 @@ class PolicyAttention(Mixer):
         """Of the held tokens in these columns, in order of position, the best stay."""
         positions, worth = state.positions(end)[:, :, columns], worth[:, :, columns]
         sinks = positions < self.config.sink_tokens
-        rank = torch.where(sinks, torch.inf, smoothed(self.config.policy, worth))
+        rank = torch.where(sinks, torch.inf, smoothed(self.config.policy, worth, positions))
         best = rank.argsort(dim=2, descending=True, stable=True)[:, :, : self.config.budget].sort(dim=2).values
         chosen = columns[best]  # [B, H, n]
         for name in ("keys", "values"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 RECENT_QUERIES = 32
 POOL_TOKENS = 7
@@ -45,9 +44,19 @@ def num_queries(policy: str) -> int:
     return {"recent_attention": RECENT_QUERIES, "last_attention": 1}.get(policy, 0)
 
 
-def smoothed(policy: str, worth: Tensor) -> Tensor:
-    """[B, H, S] of tokens that compete, in order of position; for `recent_attention` each has the largest worth among
-    POOL_TOKENS neighbours, so that what stands around an important token stays with it."""
+def smoothed(policy: str, worth: Tensor, positions: Tensor) -> Tensor:
+    """Worth and positions [B, H, S] of tokens that compete, in order of position -> [B, H, S].
+
+    For `recent_attention` each has the largest worth among those of the POOL_TOKENS positions around it, so that what
+    stands around an important token stays with it. Tokens between which others were evicted are no neighbours.
+    """
     if policy != "recent_attention":
         return worth
-    return F.max_pool1d(worth, POOL_TOKENS, stride=1, padding=POOL_TOKENS // 2)
+    largest = worth.clone()
+    reach = POOL_TOKENS // 2
+    for steps in range(1, reach + 1):
+        far = positions[:, :, steps:] - positions[:, :, :-steps] > reach
+        from_before, from_after = (other.masked_fill(far, 0.0) for other in (worth[:, :, :-steps], worth[:, :, steps:]))
+        largest[:, :, steps:] = largest[:, :, steps:].maximum(from_before)
+        largest[:, :, :-steps] = largest[:, :, :-steps].maximum(from_after)
+    return largest

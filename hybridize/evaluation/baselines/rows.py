@@ -2,53 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybridize.evaluation.asking import ask
-from hybridize.evaluation.baselines.attention import PolicyAttention
 from hybridize.evaluation.baselines.config import PolicyConfig
-from hybridize.evaluation.cells import share_cell
-from hybridize.evaluation.inside.layers import layers_of, layers_with
-from hybridize.evaluation.inside.substitutes import replaced
+from hybridize.evaluation.baselines.in_place import budget_in_place, policy_in_place, with_budget
+from hybridize.evaluation.baselines.measurement import Measurement, Row
+from hybridize.evaluation.inside.layers import layers_with
 from hybridize.evaluation.items import Item
-from hybridize.evaluation.parts import between, mean_of
-from hybridize.evaluation.perplexity import exponential
-from hybridize.evaluation.scores import score_windows
 from hybridize.evaluation.windows import Window
-from hybridize.progress import SILENT, Task
-from hybridize.recipe.probes import BaselinesProbe
-
-Row = dict[str, Any]
-
-
-@contextmanager
-def policy_in_place(model: Any, configs: Mapping[int, PolicyConfig]) -> Iterator[None]:
-    """While it lasts, the attention of these layers is a policy's; then it is what it was, bit for bit."""
-    layers = {layer.index: layer for layer in layers_of(model)}
-    substitutes = {
-        index: PolicyAttention.from_attention(layers[index].view, config).eval() for index, config in configs.items()
-    }
-    with replaced(model, substitutes):
-        yield
+from hybridize.mixers.configs.sliding_window import SlidingWindowConfig
+from hybridize.progress import Task
+from hybridize.recipe.probes import BaselinesProbe, PolicyName
 
 
-@contextmanager
-def budget_in_place(student: Any, budget_tokens: int, window_tokens: int | None = None) -> Iterator[None]:
-    """While it lasts, the student's token-eviction layers have this budget, and this window if one is given."""
-    mixers = [layer.attention for layer in layers_with(student, "token_eviction")]
-    configs = [mixer.config for mixer in mixers]
-    try:
-        for mixer, config in zip(mixers, configs, strict=True):
-            mixer.config = dataclasses.replace(
-                config, budget_tokens=budget_tokens, window_tokens=window_tokens or config.window_tokens
-            )
-        yield
-    finally:
-        for mixer, config in zip(mixers, configs, strict=True):
-            mixer.config = config
+def policy_rows(
+    teacher: Any,
+    layers: Mapping[int, SlidingWindowConfig],
+    policies: Sequence[PolicyName],
+    budgets: Sequence[int],
+    measure: Measurement,
+    *,
+    seed: int,
+) -> list[Row]:
+    """Measures the teacher with every policy at every budget; no student is needed.
+
+    Args:
+        layers: window and sinks of each layer, by index, whose attention a policy replaces.
+        budgets: retained tokens, sinks included.
+
+    Raises:
+        RecipeError: a budget is smaller than a layer's sinks.
+    """
+    plans = [
+        (
+            policy,
+            budget,
+            {
+                index: PolicyConfig(policy, window.window_tokens, window.sink_tokens, budget, seed=seed)
+                for index, window in layers.items()
+            },
+        )
+        for budget in budgets
+        for policy in policies
+    ]
+    rows = []
+    for policy, budget, configs in plans:
+        with policy_in_place(teacher, configs):
+            rows.append(measure(teacher, policy, budget))
+    return rows
 
 
 def baselines(
@@ -66,57 +68,42 @@ def baselines(
     """Measures the teacher as it is ("full"), with every policy at every budget in the layers where the student evicts,
     and the student at every budget ("learned").
 
-    Perplexity is over the second half of each window, where the budget binds; prompts and windows hold no padding.
+    Perplexity is over the second half of each window, where the budget binds; windows hold no padding. Without budgets
+    in the probe, each that a layer of the student has is given to all of them.
 
     Returns:
-        "rows": {"policy", "budget", "perplexity" with `_se`, "tokens", "recall": {task: {length: cell}}};
-        "window_tokens", "sink_tokens" (of the first such layer), "layers", "perplexity_from" (position). None if the
-        student does not evict.
+        "rows", see `Measurement`; "window_tokens", "sink_tokens" (of the first such layer), "layers",
+        "perplexity_from" (position). None if the student does not evict.
+
+    Raises:
+        RecipeError: a layer of the student cannot have one of the budgets, or the window.
     """
-    evicting = layers_with(student, "token_eviction")
-    if not evicting:
+    own = {layer.index: layer.attention.config for layer in layers_with(student, "token_eviction")}
+    if not own:
         return None
-    own = {layer.index: layer.attention.config for layer in evicting}
-    first = evicting[0].attention.config
+    budgets = probe.budgets or sorted({config.budget_tokens for config in own.values()})
+    # Before anything is measured, which takes minutes: what cannot be is refused.
+    for budget in budgets:
+        for config in own.values():
+            with_budget(config, budget, probe.window_tokens)
+    layers = {
+        index: SlidingWindowConfig(
+            window_tokens=probe.window_tokens or config.window_tokens, sink_tokens=config.sink_tokens
+        )
+        for index, config in own.items()
+    }
     start = probe.context_tokens // 2
-
-    def measured(model: Any, policy: str, budget: int | None) -> Row:
-        with SILENT.task("", None) as nobody:
-            scores = score_windows(model, None, windows, batch_tokens=batch_tokens, task=nobody)
-            found = ask(model, tokenizer, items, batch_tokens=batch_tokens, task=nobody)
-        late = [part for score in scores if (part := between(score, start, probe.context_tokens)) is not None]
-        numbers: Row = {"perplexity": None, "perplexity_se": None}
-        if late:
-            numbers = exponential("perplexity", mean_of([part.student for part in late]))
-        task.advance()
-        counted = sum(part.student.numel() for part in late)
-        return {"policy": policy, "budget": budget, **numbers, "tokens": counted, "recall": _recall(items, found)}
-
-    rows = [measured(teacher, "full", None)]
-    for budget in probe.budgets or sorted({config.budget_tokens for config in own.values()}):
-        for policy in probe.policies:
-            configs = {
-                index: PolicyConfig(
-                    policy, probe.window_tokens or config.window_tokens, config.sink_tokens, budget, seed=seed
-                )
-                for index, config in own.items()
-            }
-            with policy_in_place(teacher, configs):
-                rows.append(measured(teacher, policy, budget))
+    measure = Measurement(tokenizer, items, windows, start, probe.context_tokens, batch_tokens, task)
+    rows = [measure(teacher, "full", None)]
+    for budget in budgets:
+        rows += policy_rows(teacher, layers, probe.policies, [budget], measure, seed=seed)
         with budget_in_place(student, budget, probe.window_tokens):
-            rows.append(measured(student, "learned", budget))
+            rows.append(measure(student, "learned", budget))
+    first = next(iter(layers.values()))
     return {
-        "window_tokens": probe.window_tokens or first.window_tokens,
+        "window_tokens": first.window_tokens,
         "sink_tokens": first.sink_tokens,
         "layers": list(own),
         "perplexity_from": start,
         "rows": rows,
     }
-
-
-def _recall(items: Sequence[Item], scores: Sequence[float]) -> Row:
-    cells: Row = {}
-    for name, length in dict.fromkeys((item.task, item.group) for item in items):
-        own = [s for item, s in zip(items, scores, strict=True) if (item.task, item.group) == (name, length)]
-        cells.setdefault(name, {})[str(length)] = share_cell(own)
-    return cells

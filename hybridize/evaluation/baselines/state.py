@@ -68,4 +68,6 @@ class PolicyState(MixerState):
         first = end - self.num_near
         if position > first:
             for name in RECENT:
-                self[name] = self[name][:, :, position - first :]
+                self[name] = self[name][
+                    :, :, position - first :
+                ].clone()  # a view would keep the rest alive.clone()  # a view would keep the whole text

@@ -60,7 +60,7 @@ def fill(
     return _cut(pieces, room, elements, lines)
 
 
-def _cut(pieces: Pieces, room: int, elements: Sequence[_Element], lines: bool) -> Context | None:
+def _cut(pieces: Pieces, room: int, elements: Sequence[_Element], lines: bool) -> Context:
     """The elements side by side, hay cut off at the end so that they take `room` tokens."""
     tokens = [_piece(pieces, e.text, lines, first=i == 0) for i, e in enumerate(elements)]
     close = () if lines else pieces.line_end
@@ -74,8 +74,6 @@ def _cut(pieces: Pieces, room: int, elements: Sequence[_Element], lines: bool) -
             tokens[i] = tokens[i][:kept]
             if lines and kept >= len(pieces.line_end):  # the line end was cut off with the rest
                 tokens[i] = (*tokens[i][: kept - len(pieces.line_end)], *pieces.line_end)
-    if excess:
-        return None
     starts = [0, *accumulate(map(len, tokens))]
     spans = {e.hidden: (starts[i], starts[i + 1]) for i, e in enumerate(elements) if e.hidden is not None}
     ids = tuple(token for part in tokens for token in part)

@@ -71,4 +71,4 @@ def _worth(config, candidates, now, received, fixed, probabilities) -> list[floa
     if config.policy == "last_attention":
         return sums
     reach = POOL_TOKENS // 2
-    return [max(sums[max(0, n - reach) : n + reach + 1]) for n in range(len(sums))]
+    return [max(s for j, s in zip(candidates, sums, strict=True) if abs(i - j) <= reach) for i in candidates]

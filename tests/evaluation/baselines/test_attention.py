@@ -9,17 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridize.errors import RecipeError, UsageError
+from hybridize.errors import RecipeError
 from hybridize.evaluation.baselines.attention import PolicyAttention
 from hybridize.evaluation.baselines.config import PolicyConfig
-from hybridize.evaluation.baselines.policies import fixed_worth, num_queries
-from hybridize.evaluation.baselines.rows import policy_in_place
-from hybridize.evaluation.generation import Decoder
+from hybridize.evaluation.baselines.policies import fixed_worth, num_queries, smoothed
 from hybridize.evaluation.inside.layers import layers_of
 from hybridize.mixers.base import Rope
 from hybridize.recipe.probes import PolicyName
 from tests.evaluation.baselines.reference import reference
-from tests.tiny import tiny_teacher, tiny_tokens
+from tests.tiny import tiny_teacher
 
 POLICIES = get_args(PolicyName)
 
@@ -123,29 +121,6 @@ def test_rows_of_a_batch_do_not_know_each_other(teacher: Any, policy: Any) -> No
         torch.testing.assert_close(one, together[row, None], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_budget_for_the_whole_text_is_the_teacher(teacher: Any, policy: Any) -> None:
-    tokens = tiny_tokens(2, 50)
-    configs = {index: PolicyConfig(policy, 6, 2, 60, block_tokens=5) for index in range(4)}
-    with torch.no_grad():
-        whole = teacher(tokens, use_cache=False).logits
-        with policy_in_place(teacher, configs):
-            torch.testing.assert_close(teacher(tokens, use_cache=False).logits, whole, rtol=1e-3, atol=1e-4)
-        assert torch.equal(teacher(tokens, use_cache=False).logits, whole)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_teacher_with_a_policy_writes_from_its_cache_as_without_one(teacher: Any, policy: Any) -> None:
-    tokens = tiny_tokens(2, 44)
-    configs = {index: PolicyConfig(policy, 6, 2, 5, block_tokens=4) for index in (0, 2, 3)}
-    with torch.inference_mode(), policy_in_place(teacher, configs):
-        whole = teacher(tokens, use_cache=False).logits
-        decoder = Decoder(teacher)
-        logits = [decoder.read(tokens[:, :21].tolist())]
-        logits += [decoder.step(tokens[:, i]) for i in range(21, 44)]
-    torch.testing.assert_close(torch.stack(logits, dim=1), whole[:, 20:], rtol=1e-3, atol=1e-3)
-
-
 def test_random_scores_depend_on_seed_layer_and_head_and_not_on_the_length(teacher: Any) -> None:
     def worth(tokens: int, **changes: Any) -> torch.Tensor:
         options = {"layer": 0, "seed": 0} | changes
@@ -160,11 +135,41 @@ def test_random_scores_depend_on_seed_layer_and_head_and_not_on_the_length(teach
     assert abs(torch.corrcoef(long[0].T)[0, 1]) < 0.06
 
 
-def test_padding_and_bad_sizes_are_refused(teacher: Any) -> None:
-    mixer = attention(teacher, PolicyConfig("recency", 6, 2, 5))
-    hidden = torch.zeros(1, 4, teacher.config.hidden_size)
-    with pytest.raises(UsageError, match="without padding"):
-        mixer(hidden, attention_mask=torch.ones(1, 1, 4, 4))
-    for changes in ({"window_tokens": 0}, {"budget_tokens": 1}, {"block_tokens": 0}, {"sink_tokens": -1}):
-        with pytest.raises(RecipeError, match="must be"):
-            PolicyConfig("random", **({"window_tokens": 6, "sink_tokens": 2, "budget_tokens": 5} | changes))
+def test_evicted_tokens_between_two_make_them_no_neighbours() -> None:
+    worth = torch.tensor([[[0.5, 0.1, 0.2, 0.9, 0.3]]])
+    positions = torch.tensor([[[0, 3, 7, 20, 22]]])
+    assert torch.equal(smoothed("recent_attention", worth, positions), torch.tensor([[[0.5, 0.5, 0.2, 0.9, 0.9]]]))
+    for count in range(3):
+        few = smoothed("recent_attention", worth[:, :, :count], positions[:, :, :count])
+        assert few.shape == (1, 1, count)
+    assert smoothed("last_attention", worth, positions) is worth
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_long_prompt_is_not_kept_in_memory(teacher: Any, policy: Any) -> None:
+    mixer = attention(teacher, PolicyConfig(policy, 16, 2, 8, block_tokens=8))
+    q, k, v, cos, sin = inputs(1, 600, mixer)
+    state = mixer.new_state(1, q.device, q.dtype)
+    run(mixer, q, k, v, cos, sin, state)
+    for name, tensor in state.tensors.items():
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+        assert held <= 2 * tensor.numel(), f"{name} holds {held} numbers for {tensor.numel()}"
+
+
+@pytest.mark.parametrize("policy", ["accumulated_attention", "recent_attention", "last_attention"])
+def test_logits_are_not_rounded_to_bf16(teacher: Any, policy: Any) -> None:
+    """With a budget for everything it is full attention; what is left is the rounding of probabilities and outputs."""
+    mixer = attention(teacher, PolicyConfig(policy, 32, 2, 200))
+    q, k, v, cos, sin = (x.bfloat16() for x in inputs(1, 120, mixer))
+    q, k = 4 * q, 4 * k
+    exact = run(mixer, *(x.float() for x in (*Rope(cos, sin)(q, k), v, torch.ones_like(cos), torch.zeros_like(sin))))
+    error = (run(mixer, q, k, v, cos, sin).float() - exact).norm() / exact.norm()
+    assert error < 5e-3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"window_tokens": 0}, {"budget_tokens": 1}, {"block_tokens": 0}, {"sink_tokens": -1}], ids=str
+)
+def test_bad_sizes_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(RecipeError, match="must be"):
+        PolicyConfig("random", **({"window_tokens": 6, "sink_tokens": 2, "budget_tokens": 5} | changes))

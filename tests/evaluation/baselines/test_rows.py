@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from hybridize.evaluation.baselines.rows import baselines, budget_in_place
+from hybridize.errors import RecipeError
+from hybridize.evaluation.baselines.in_place import budget_in_place
+from hybridize.evaluation.baselines.measurement import Measurement
+from hybridize.evaluation.baselines.rows import baselines, policy_rows
 from hybridize.evaluation.items import Item
 from hybridize.evaluation.windows import Window
+from hybridize.mixers.configs.sliding_window import SlidingWindowConfig
 from hybridize.mixers.registry import config_from_dict
 from hybridize.model.swap import swap
 from hybridize.progress import SILENT
@@ -43,7 +47,8 @@ def windows(count: int, tokens: int) -> list[Window]:
 def measure(student: Any, teacher: Any, tokenizer: Any, **changes: Any) -> Any:
     probe = BaselinesProbe(context_tokens=60, **changes)
     texts = windows(2, 60)
-    items = [Item("t", window.tokens[:40], (" ",), 2, 40) for window in texts]
+    # Prompts of two lengths, which must not be padded to one.
+    items = [Item("t", window.tokens[:length], (" ",), 2, length) for window in texts for length in (30, 40)]
     with SILENT.task("", None) as task:
         return baselines(student, teacher, tokenizer, probe, items, texts, seed=0, batch_tokens=500, task=task)
 
@@ -81,6 +86,54 @@ def test_a_budget_and_window_for_everything_give_the_full_perplexity(
     )
     rows = measure(student, teacher, tokenizer, budgets=(80,), window_tokens=64)["rows"]
     assert all(r["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4) for r in rows)
+
+
+def test_prompts_of_several_lengths_are_asked_without_padding(student: Any, teacher: Any, tokenizer: Any) -> None:
+    texts = windows(3, 60)
+    items = [
+        Item("t", window.tokens[:length], answers, 3, length)
+        for length in (40, 21)
+        for window, answers in zip(texts, (("",), ("no byte says this",), ("",)), strict=True)
+    ]
+    probe = BaselinesProbe(policies=("last_attention", "key_norm"), context_tokens=60)
+    with SILENT.task("", None) as task:
+        row = baselines(student, teacher, tokenizer, probe, items, texts, seed=0, batch_tokens=4096, task=task)
+    assert row is not None
+    for measured in row["rows"]:
+        cells = measured["recall"]["t"]
+        assert {length: (cell["samples"], cell["share"]) for length, cell in cells.items()} == {
+            "40": (3, pytest.approx(2 / 3)),
+            "21": (3, pytest.approx(2 / 3)),
+        }
+
+
+def test_a_teacher_alone_has_rows(teacher: Any, tokenizer: Any) -> None:
+    advanced = []
+
+    class Counting:
+        def advance(self, steps: float = 1, **fields: str) -> None:
+            advanced.append(steps)
+
+    measure = Measurement(tokenizer, [], windows(2, 60), 30, 60, 500, Counting())
+    layers = {1: SlidingWindowConfig(window_tokens=9, sink_tokens=2)}
+    rows = policy_rows(teacher, layers, ("recency", "key_norm"), (4, 80), measure, seed=0)
+    assert [(row["policy"], row["budget"], row["recall"]) for row in rows] == [
+        ("recency", 4, {}),
+        ("key_norm", 4, {}),
+        ("recency", 80, {}),
+        ("key_norm", 80, {}),
+    ]
+    full = measure(teacher, "full", None)["perplexity"]
+    assert [row["perplexity"] == pytest.approx(full, rel=1e-4) for row in rows] == [False, False, True, True]
+    assert sum(advanced) == 5
+
+
+def test_an_impossible_budget_is_refused_before_anything_is_measured(
+    student: Any, teacher: Any, tokenizer: Any
+) -> None:
+    # No teacher is there to be asked: the refusal comes first.
+    with pytest.raises(RecipeError, match="must be at least 2"):
+        measure(student, None, tokenizer, budgets=(8, 1))
 
 
 def test_a_student_that_does_not_evict_has_no_row(teacher: Any, tokenizer: Any) -> None:
