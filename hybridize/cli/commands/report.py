@@ -26,7 +26,7 @@ from hybridize.cli.app import command as make
     help="Default: `report` beside the results; `comparison` here for several.",
 )
 def command(settings: Settings, results: tuple[Path, ...], out: Path | None) -> None:
-    """Make tables and plots of results.json, or of a run folder.
+    """Make tables, charts and a page of results.json, or of a run folder.
 
     Several are compared. Needs neither a GPU nor torch.
     """

@@ -75,5 +75,6 @@ def command(
         "results": results,
         "report": [str(path) for path in written],
     }
-    human = [*results_parts(results), "", f"model    {final}", f"report   {written[0]}" if written else ""]
+    page = next((path for path in written if path.suffix == ".html"), None)
+    human = [*results_parts(results), "", f"model    {final}", f"report   {page}" if page else ""]
     output.result("run", values, human)

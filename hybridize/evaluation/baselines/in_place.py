@@ -36,8 +36,8 @@ def policy_in_place(model: Any, configs: Mapping[int, PolicyConfig]) -> Iterator
 
 
 @contextmanager
-def budget_in_place(student: Any, budget_tokens: int, window_tokens: int | None = None) -> Iterator[None]:
-    """While it lasts, the student's token-eviction layers have this budget, and this window if one is given.
+def budget_in_place(student: Any, budget_tokens: int | None, window_tokens: int | None = None) -> Iterator[None]:
+    """While it lasts, the student's token-eviction layers have this budget and this window; None: their own.
 
     Raises:
         RecipeError: a layer cannot have them.
@@ -54,6 +54,12 @@ def budget_in_place(student: Any, budget_tokens: int, window_tokens: int | None 
             mixer.config = config
 
 
-def with_budget(config: TokenEvictionConfig, budget_tokens: int, window_tokens: int | None) -> TokenEvictionConfig:
-    """The same with another budget, and another window if one is given."""
-    return dataclasses.replace(config, budget_tokens=budget_tokens, window_tokens=window_tokens or config.window_tokens)
+def with_budget(
+    config: TokenEvictionConfig, budget_tokens: int | None, window_tokens: int | None
+) -> TokenEvictionConfig:
+    """The same with another budget and window; None: its own."""
+    return dataclasses.replace(
+        config,
+        budget_tokens=config.budget_tokens if budget_tokens is None else budget_tokens,
+        window_tokens=config.window_tokens if window_tokens is None else window_tokens,
+    )

@@ -11,45 +11,32 @@ from hybridize.evaluation.baselines.measurement import Measurement, Row
 from hybridize.evaluation.inside.layers import layers_with
 from hybridize.evaluation.items import Item
 from hybridize.evaluation.windows import Window
-from hybridize.mixers.configs.sliding_window import SlidingWindowConfig
+from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.progress import Task
 from hybridize.recipe.probes import BaselinesProbe, PolicyName
 
 
 def policy_rows(
     teacher: Any,
-    layers: Mapping[int, SlidingWindowConfig],
+    layers: Mapping[int, TokenEvictionConfig],
     policies: Sequence[PolicyName],
-    budgets: Sequence[int],
     measure: Measurement,
     *,
     seed: int,
 ) -> list[Row]:
-    """Measures the teacher with every policy at every budget; no student is needed.
+    """Measures the teacher under every policy; no student is needed.
 
     Args:
-        layers: window and sinks of each layer, by index, whose attention a policy replaces.
-        budgets: retained tokens, sinks included.
-
-    Raises:
-        RecipeError: a budget is smaller than a layer's sinks.
+        layers: by index, the eviction whose window, sinks and budget a policy gets in that layer.
     """
-    plans = [
-        (
-            policy,
-            budget,
-            {
-                index: PolicyConfig(policy, window.window_tokens, window.sink_tokens, budget, seed=seed)
-                for index, window in layers.items()
-            },
-        )
-        for budget in budgets
-        for policy in policies
-    ]
     rows = []
-    for policy, budget, configs in plans:
+    for policy in policies:
+        configs = {
+            index: PolicyConfig(policy, own.window_tokens, own.sink_tokens, own.budget_tokens, seed=seed)
+            for index, own in layers.items()
+        }
         with policy_in_place(teacher, configs):
-            rows.append(measure(teacher, policy, budget))
+            rows.append(measure(teacher, policy, _common_budget(layers)))
     return rows
 
 
@@ -69,7 +56,7 @@ def baselines(
     and the student at every budget ("learned").
 
     Perplexity is over the second half of each window, where the budget binds; windows hold no padding. Without budgets
-    in the probe, each that a layer of the student has is given to all of them.
+    in the probe each layer has its own; "budget" is then None if they differ.
 
     Returns:
         "rows", see `Measurement`; "window_tokens", "sink_tokens" (of the first such layer), "layers",
@@ -81,25 +68,19 @@ def baselines(
     own = {layer.index: layer.attention.config for layer in layers_with(student, "token_eviction")}
     if not own:
         return None
-    budgets = probe.budgets or sorted({config.budget_tokens for config in own.values()})
-    # Before anything is measured, which takes minutes: what cannot be is refused.
-    for budget in budgets:
-        for config in own.values():
-            with_budget(config, budget, probe.window_tokens)
-    layers = {
-        index: SlidingWindowConfig(
-            window_tokens=probe.window_tokens or config.window_tokens, sink_tokens=config.sink_tokens
-        )
-        for index, config in own.items()
-    }
+    # All of them before anything is measured, which takes minutes: what cannot be is refused.
+    plans = [
+        {index: with_budget(config, budget, probe.window_tokens) for index, config in own.items()}
+        for budget in probe.budgets or (None,)
+    ]
     start = probe.context_tokens // 2
     measure = Measurement(tokenizer, items, windows, start, probe.context_tokens, batch_tokens, task)
     rows = [measure(teacher, "full", None)]
-    for budget in budgets:
-        rows += policy_rows(teacher, layers, probe.policies, [budget], measure, seed=seed)
+    for budget, layers in zip(probe.budgets or (None,), plans, strict=True):
+        rows += policy_rows(teacher, layers, probe.policies, measure, seed=seed)
         with budget_in_place(student, budget, probe.window_tokens):
-            rows.append(measure(student, "learned", budget))
-    first = next(iter(layers.values()))
+            rows.append(measure(student, "learned", _common_budget(layers)))
+    first = next(iter(plans[0].values()))
     return {
         "window_tokens": first.window_tokens,
         "sink_tokens": first.sink_tokens,
@@ -107,3 +88,9 @@ def baselines(
         "perplexity_from": start,
         "rows": rows,
     }
+
+
+def _common_budget(layers: Mapping[int, TokenEvictionConfig]) -> int | None:
+    """The budget of all layers; None if each has its own."""
+    budgets = {config.budget_tokens for config in layers.values()}
+    return budgets.pop() if len(budgets) == 1 else None

@@ -68,6 +68,5 @@ class PolicyState(MixerState):
         first = end - self.num_near
         if position > first:
             for name in RECENT:
-                self[name] = self[name][
-                    :, :, position - first :
-                ].clone()  # a view would keep the rest alive.clone()  # a view would keep the whole text
+                # A view would keep the whole text alive.
+                self[name] = self[name][:, :, position - first :].clone()

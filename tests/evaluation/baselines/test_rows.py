@@ -13,7 +13,7 @@ from hybridize.evaluation.baselines.measurement import Measurement
 from hybridize.evaluation.baselines.rows import baselines, policy_rows
 from hybridize.evaluation.items import Item
 from hybridize.evaluation.windows import Window
-from hybridize.mixers.configs.sliding_window import SlidingWindowConfig
+from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.registry import config_from_dict
 from hybridize.model.swap import swap
 from hybridize.progress import SILENT
@@ -77,6 +77,22 @@ def test_without_budgets_it_is_the_students_own(student: Any, teacher: Any, toke
     assert [(r["policy"], r["budget"]) for r in row["rows"]] == [("full", None), ("random", 7), ("learned", 7)]
 
 
+def test_layers_of_different_budgets_keep_them(teacher: Any, tokenizer: Any) -> None:
+    def student(*budgets: int) -> Any:
+        configs = [config_from_dict({**EVICTION, "budget_tokens": budget}) for budget in budgets]
+        return swap(tiny_teacher(vocab_size=VOCABULARY, num_hidden_layers=3), configs)
+
+    mixed = measure(student(3, 7, 11), teacher, tokenizer, policies=("key_norm", "last_attention"))["rows"]
+    assert [row["budget"] for row in mixed] == [None] * 4
+    alike = measure(student(7, 7, 7), teacher, tokenizer, policies=("key_norm", "last_attention"))["rows"]
+    assert [row["budget"] for row in alike] == [None, 7, 7, 7]
+    assert mixed[0]["perplexity"] == alike[0]["perplexity"]
+    assert all(m["perplexity"] != a["perplexity"] for m, a in zip(mixed[1:], alike[1:], strict=True))
+    # One budget for all: the same layers, whatever they had.
+    given = measure(student(3, 7, 11), teacher, tokenizer, policies=("key_norm", "last_attention"), budgets=(7,))
+    assert given["rows"] == alike
+
+
 def test_a_budget_and_window_for_everything_give_the_full_perplexity(
     student: Any, teacher: Any, tokenizer: Any
 ) -> None:
@@ -115,8 +131,17 @@ def test_a_teacher_alone_has_rows(teacher: Any, tokenizer: Any) -> None:
             advanced.append(steps)
 
     measure = Measurement(tokenizer, [], windows(2, 60), 30, 60, 500, Counting())
-    layers = {1: SlidingWindowConfig(window_tokens=9, sink_tokens=2)}
-    rows = policy_rows(teacher, layers, ("recency", "key_norm"), (4, 80), measure, seed=0)
+    rows = [
+        row
+        for budget in (4, 80)
+        for row in policy_rows(
+            teacher,
+            {1: TokenEvictionConfig(window_tokens=9, sink_tokens=2, budget_tokens=budget)},
+            ("recency", "key_norm"),
+            measure,
+            seed=0,
+        )
+    ]
     assert [(row["policy"], row["budget"], row["recall"]) for row in rows] == [
         ("recency", 4, {}),
         ("key_norm", 4, {}),

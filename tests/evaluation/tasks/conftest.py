@@ -21,7 +21,7 @@ MAKERS = {
     "byte-level": lambda: byte_level(_TEXTS),
     "byte-level with a start token": lambda: byte_level(_TEXTS, start=True),
     "sentence-piece": lambda: sentence_piece(_TEXTS),
-    "sentence-piece with a start token": lambda: sentence_piece(_TEXTS, start=True),
+    "sentence-piece that doubles blanks": lambda: sentence_piece(_TEXTS, start=True, doubles=True),
     "sentence-piece with two line ends in one": lambda: sentence_piece(_TEXTS, more=("\n", "\n\n")),
 }
 _made: dict[str, Any] = {}

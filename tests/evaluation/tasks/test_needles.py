@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hybridize.evaluation.items import Item
-from hybridize.evaluation.tasks import PROSE_TASKS, make_items
+from hybridize.evaluation.tasks import PROSE_TASKS, make_items, needles
 from hybridize.evaluation.tasks.needles import NEEDLES, NOISE
 from hybridize.evaluation.tasks.pieces import split_sentences
 from hybridize.recipe.probes import RecallProbe
@@ -112,6 +112,19 @@ def test_the_rest_is_hay(spoken: Any, task: str) -> None:
     assert len(hay) > 10
 
 
+def test_nobody_else_has_the_key_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needles, "FIRST", ("old", "new"))
+    monkeypatch.setattr(needles, "SECOND", ("door", "key"))
+    tokenizer = tokenizer_of("byte-level")
+    item = make(tokenizer, "niah_multikey_2")
+    found = NEEDLE.findall(context_of(tokenizer.decode(item.prompt)))
+    [value] = item.answers
+    [asked] = [key for _, key, own in found if own == value]
+    counts = Counter(key for _, key, _ in found)
+    assert counts.pop(asked) == 1
+    assert len(counts) == 3
+
+
 @pytest.mark.parametrize("task", SEVERAL)
 def test_where_several_are_asked_for_they_stand_anywhere(task: str) -> None:
     tokenizer = tokenizer_of("byte-level")
@@ -129,7 +142,9 @@ def test_questions_name_all_keys() -> None:
     tokenizer = tokenizer_of("sentence-piece")
     item = make(tokenizer, "niah_multiquery")
     text = tokenizer.decode(item.prompt)
-    keys = [key for start, end in item.evidence for _, key, _ in NEEDLE.findall(tokenizer.decode(item.prompt[start:end]))]
+    keys = [
+        key for start, end in item.evidence for _, key, _ in NEEDLE.findall(tokenizer.decode(item.prompt[start:end]))
+    ]
     query = f"{keys[0]}, {keys[1]}, {keys[2]}, and {keys[3]}"
     assert text.startswith("Some special magic numbers are hidden within the following text. Make sure to memorize it.")
     assert question_of(text) == (

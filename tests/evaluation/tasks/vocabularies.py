@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -37,10 +37,13 @@ def byte_level(texts: Iterable[str], *, start: bool = False) -> Any:
     return _wrapped(inner, start=start)
 
 
-def sentence_piece(texts: Iterable[str], *, start: bool = False, more: tuple[str, ...] = ()) -> Any:
+def sentence_piece(
+    texts: Iterable[str], *, start: bool = False, doubles: bool = False, more: tuple[str, ...] = ()
+) -> Any:
     """BPE over characters that writes a blank before every text and falls back to bytes, as Llama 2's.
 
     Args:
+        doubles: a blank comes before a text that has one already.
         more: pieces that are whole from the beginning.
     """
     trained = Tokenizer(models.BPE())
@@ -56,7 +59,10 @@ def sentence_piece(texts: Iterable[str], *, start: bool = False, more: tuple[str
     inner = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
     )
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    if doubles:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     inner.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
