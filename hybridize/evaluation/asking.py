@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybridize.evaluation.batches import batches_by_tokens
+from hybridize.evaluation.batches import batches_by_tokens, groups_of_equal
 from hybridize.evaluation.generation import greedy
 from hybridize.evaluation.items import Item, score
 from hybridize.progress import Task
@@ -36,7 +36,7 @@ def answers(model: Any, tokenizer: Any, items: Sequence[Item], *, batch_tokens: 
     answers gets no more tokens for it.
     """
     texts = [""] * len(items)
-    for group in _groups([item.group for item in items]):
+    for group in groups_of_equal([item.group for item in items]):
         own = [items[i] for i in group]
         batches = batches_by_tokens(
             own, batch_tokens, lambda item: len(item.prompt) + item.answer_tokens, lambda item: item.answer_tokens
@@ -53,21 +53,13 @@ def answers(model: Any, tokenizer: Any, items: Sequence[Item], *, batch_tokens: 
 def target_shares(model: Any, items: Sequence[Item], *, batch_tokens: int, task: Task) -> list[float]:
     """The share of each item's targets that the model finds likeliest after the tokens before them."""
     shares = [0.0] * len(items)
-    for same_length in _groups([len(item.prompt) for item in items]):
+    for same_length in groups_of_equal([len(item.prompt) for item in items]):
         for batch in batches_by_tokens(same_length, batch_tokens, lambda i: len(items[i].prompt)):
             chosen = [same_length[i] for i in batch]
             for i, share in zip(chosen, _shares_of(model, [items[i] for i in chosen]), strict=True):
                 shares[i] = share
             task.advance(len(batch))
     return shares
-
-
-def _groups(keys: Sequence[int]) -> list[list[int]]:
-    """Places of equal keys."""
-    groups: dict[int, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
 
 
 def _shares_of(model: Any, items: Sequence[Item]) -> list[float]:

@@ -31,6 +31,14 @@ def batches_by_tokens(
         yield batch
 
 
+def groups_of_equal(keys: Sequence[int]) -> list[list[int]]:
+    """The places of equal keys, in the order in which a key first comes."""
+    groups: dict[int, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
 def default_batch_tokens(models: Sequence[Any], device: torch.device) -> int:
     """Tokens that fit into the free memory of a GPU with their keys, values and activations; on a CPU, where more
     at once is not faster, a few thousand."""

@@ -62,9 +62,14 @@ class Decoder:
             positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             arguments |= {"attention_mask": self._mask, "position_ids": positions}
         outputs = self.model.model(input_ids=tokens, use_cache=True, **arguments)
-        self._cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
+        self._cache = cache_of(outputs)
         logits: Tensor = self.model.lm_head(outputs.last_hidden_state[:, -1])
         return logits
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache that a model's outputs name; `past_key_values` before transformers 5.24."""
+    return outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

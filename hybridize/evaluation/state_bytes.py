@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hybridize.evaluation.generation import cache_of
 from hybridize.families import AttentionGeometry, family
 from hybridize.mixers.base import MixerState
 from hybridize.mixers.configs.base import MixerConfig
@@ -92,9 +93,8 @@ def _measure(model: Any, seed: int) -> dict[str, Any]:
     tokens = torch.randint(geometry.vocab_size, (1, PREFILL_TOKENS), generator=generator).to(model.device)
     with torch.inference_mode():
         outputs = model.model(input_ids=tokens, use_cache=True)
-    cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]  # before transformers 5.24
     promised = sum(bytes_by_layer(configs, geometry, PREFILL_TOKENS, element_bytes))
-    measured = sum(layer_bytes(layer) for layer in cache.layers)
+    measured = sum(layer_bytes(layer) for layer in cache_of(outputs).layers)
     row = _Measured(PREFILL_TOKENS, element_bytes, promised, measured, promised == measured)
     return dataclasses.asdict(row)
 

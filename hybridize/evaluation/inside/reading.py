@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridize.evaluation.batches import batches_by_tokens, groups_of_equal
+from hybridize.evaluation.generation import cache_of
 from hybridize.evaluation.inside.layers import layers_with
 from hybridize.mixers.base import MixerState
 
@@ -31,7 +33,7 @@ def held_after(
         with torch.inference_mode():
             tokens = torch.tensor([list(texts[i]) for i in batch], device=model.device)
             outputs = model.model(input_ids=tokens, use_cache=True)
-            cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]  # before transformers 5.24
+            cache = cache_of(outputs)
             held = {index: held_tokens(cache.layers[index], window).cpu() for index, window in windows.items()}
             del outputs, cache
         for row, i in enumerate(batch):
@@ -50,10 +52,6 @@ def held_tokens(state: MixerState, window: int) -> Tensor:
 
 def equal_length_batches(texts: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of texts of one length, at most `batch_tokens` together; one text at least."""
-    by_length: dict[int, list[int]] = {}
-    for i, text in enumerate(texts):
-        by_length.setdefault(len(text), []).append(i)
-    for length, group in by_length.items():
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+    for group in groups_of_equal([len(text) for text in texts]):
+        for batch in batches_by_tokens(group, batch_tokens, lambda i: len(texts[i])):
+            yield [group[n] for n in batch]
