@@ -77,7 +77,7 @@ def _common_words(pieces: Pieces, asked: Asked, repeats: Repeats, rng: random.Ra
     if context is None:
         return None
     answers = tuple(common)
-    budget = NUMBER_TOKENS + sum(len(pieces.spaced(f"10. {word}")) + 1 for word in answers)
+    budget = NUMBER_TOKENS + len(pieces.spaced(_numbered(common)))
     return Item(asked.task, (*pieces.start, *head, *context, *tail), answers, budget, asked.tokens)
 
 
