@@ -125,7 +125,7 @@ class InsideProbe:
     context_tokens: int = 1024
     max_windows: int = 2
     """Windows of context_tokens a source."""
-    shown_tokens: int = 512
+    shown_tokens: int = 1024
     """Length of the text that the report shows token by token."""
 
 
