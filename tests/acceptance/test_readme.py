@@ -29,8 +29,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def lines_of(program: str) -> list[str]:
-    """Command lines in the blocks without a language, those in drawings left out."""
-    lines = [line for block in blocks(README, "") for line in block.splitlines()]
+    """Command lines in the blocks without a language, those in drawings left out; a line may go on after a backslash."""
+    lines = [line for block in blocks(README, "") for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if line.startswith(f"{program} ")]
 
 
