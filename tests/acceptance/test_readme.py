@@ -29,7 +29,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def lines_of(program: str) -> list[str]:
-    """Command lines in the blocks without a language, those in drawings left out; a line may go on after a backslash."""
+    """Command lines in the blocks without a language, those in drawings left out; a backslash joins two lines."""
     lines = [line for block in blocks(README, "") for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if line.startswith(f"{program} ")]
 
@@ -37,7 +37,8 @@ def lines_of(program: str) -> list[str]:
 def parsed(line: str) -> click.Context:
     """The context of the command that the line means, parsed and not run."""
     words = shlex.split(line, comments=True)[1:]
-    context = click.Context(root, info_name="hybridize", obj=Settings())
+    # With the group's own settings: click keeps the help option of a command as it was first asked for.
+    context = click.Context(root, info_name="hybridize", obj=Settings(), **root.context_settings)
     while isinstance(context.command, click.Group):
         name, command, words = context.command.resolve_command(context, words)
         assert command is not None
