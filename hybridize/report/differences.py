@@ -32,7 +32,7 @@ def differences(names: Sequence[str], results: Sequence[Results]) -> Iterator[Bl
 
 
 def _compared(results: Sequence[Results]) -> Iterator[tuple[str, list[str]]]:
-    yield "teacher", [_teacher(one) for one in results]
+    yield "teacher", _teachers(results)
     made = [one["provenance"] for one in results]
     yield "held-out texts", [_texts(one) for one in made]
     for what in ("seed", "dtype", "device"):
@@ -44,9 +44,18 @@ def _compared(results: Sequence[Results]) -> Iterator[tuple[str, list[str]]]:
             yield key, [flat[key] for flat in settings]
 
 
-def _teacher(one: Results) -> str:
-    teacher = one["teacher"]
-    return "none" if teacher is None else f"{model_name(teacher)} {teacher['fingerprint'][:8]}"
+def _teachers(results: Sequence[Results]) -> list[str]:
+    """Name and fingerprint of each; the same files are one teacher, whatever they were called."""
+    names: dict[str, str] = {}
+    found = []
+    for one in results:
+        teacher = one["teacher"]
+        if teacher is None:
+            found.append("none")
+        else:
+            mark = teacher["fingerprint"][:8]
+            found.append(f"{names.setdefault(mark, model_name(teacher))} {mark}")
+    return found
 
 
 def _texts(made: Mapping[str, Any]) -> str:

@@ -53,6 +53,12 @@ def test_what_was_measured_in_another_way_is_said(tmp_path: Path) -> None:
     assert "batch" not in text
 
 
+def test_one_teacher_under_two_names_is_one_teacher(tmp_path: Path) -> None:
+    first, second = make_results(), make_results()
+    second["teacher"]["spec"] = "another/name.gguf"
+    assert "the numbers can be compared" in compared(tmp_path, first, second)
+
+
 def test_a_model_without_teacher_shows_its_own_shares(tmp_path: Path) -> None:
     text = compared(tmp_path, make_results("one"), make_results_alone())
     line = next(line for line in text.splitlines() if line.startswith("| demo |") and "24.00" in line)
