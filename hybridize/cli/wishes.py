@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
 
 PROBES = tuple(DEFAULTS)
 SUITES = tuple(suite_names())
+DEFAULT_SUITE = "quick"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Wishes:
     """The options that say what is measured.
 
     Attributes:
-        suite: replaces what the recipe says.
+        suite: replaces what the recipe says; None: the recipe, or `DEFAULT_SUITE` where there is none.
         changes: KEY=VALUE texts, over the suite or the recipe.
         probes: these alone, if any are named.
         reading, choices: files of questions. harness: names of tasks, separated by commas.
@@ -73,7 +74,7 @@ class Wishes:
 
         if recipe is None or self.suite is not None:
             own = tuple(text for text in self.changes if recipe is None or text.lstrip().startswith("evaluate."))
-            wishes = load_evaluate(self.suite, overrides=own)
+            wishes = load_evaluate(self.suite or DEFAULT_SUITE, overrides=own)
         else:
             wishes = recipe.evaluate
         given = self._given(wishes)

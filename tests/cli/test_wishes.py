@@ -23,9 +23,9 @@ def test_every_probe_can_be_asked_for() -> None:
     assert set(PROBES) | {"context_tokens", "batch_tokens", "precision"} == set(Evaluate.__dataclass_fields__)
 
 
-def test_without_options_the_recipe_decides_else_the_defaults(recipe: Recipe) -> None:
+def test_without_options_the_recipe_decides_else_the_quick_suite(recipe: Recipe) -> None:
     assert Wishes().settings(recipe) == recipe.evaluate
-    assert Wishes().settings(None) == Evaluate()
+    assert Wishes().settings(None) == load_evaluate("quick")
 
 
 def test_a_suite_replaces_what_the_recipe_says_and_changes_stand_above_it(recipe: Recipe) -> None:
