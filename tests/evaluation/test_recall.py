@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 import pytest
-from hybridize.evaluation.tasks import make_items
 
 from hybridize.evaluation.items import Item
 from hybridize.evaluation.recall import gather, recall
+from hybridize.evaluation.tasks import make_items
 from hybridize.progress import SILENT
 from hybridize.recipe.documents import Document
 from hybridize.recipe.probes import RecallProbe
