@@ -45,23 +45,54 @@ def outputs(wrapped: Student, tokens: torch.Tensor, **inputs: Any) -> tuple[torc
     return hidden.detach(), {name: p.grad for name, p in wrapped.trained().items() if p.grad is not None}
 
 
-def assert_same(found: Any, expected: Any) -> None:
+Outputs = tuple[torch.Tensor, dict[str, torch.Tensor]]
+TIMES_ROUNDING = 4.0
+
+
+def rounding(
+    wrapped: Student, tokens: torch.Tensor, expected: Outputs, seed: int = 3
+) -> tuple[float, dict[str, float]]:
+    """What the last bits of the embeddings change in the outputs. Tiny random models amplify it, and by how much
+    depends on the processor's order of summation. Gradients relative to their largest number."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module: torch.nn.Module, arguments: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * (1 + 2.0**-22 * (torch.randint(0, 3, out.shape, generator=generator) - 1))
+
+    handle = wrapped.model.get_input_embeddings().register_forward_hook(disturb)
+    hidden, gradients = 0.0, dict.fromkeys(expected[1], 0.0)
+    for _ in range(3):
+        torch.manual_seed(seed)
+        other = outputs(wrapped, tokens)
+        hidden = max(hidden, float((other[0] - expected[0]).abs().max()))
+        for name, gradient in expected[1].items():
+            change = (other[1][name] - gradient).abs().max() / (gradient.abs().max() or 1.0)
+            gradients[name] = max(gradients[name], float(change))
+    handle.remove()
+    return hidden, gradients
+
+
+def assert_same(found: Outputs, expected: Outputs, lost: tuple[float, dict[str, float]] = (0.0, {})) -> None:
+    """Equal but for rounding, or for TIMES_ROUNDING what `rounding` found."""
     (hidden, gradients), (expected_hidden, expected_gradients) = found, expected
-    torch.testing.assert_close(hidden, expected_hidden, rtol=1e-4, atol=1e-5)
+    limit = max(1e-5, TIMES_ROUNDING * lost[0])
+    torch.testing.assert_close(hidden, expected_hidden, rtol=1e-4, atol=limit)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         scale = float(expected_gradients[name].abs().max()) or 1.0
-        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=1e-4, msg=name)
+        limit = max(1e-4, TIMES_ROUNDING * lost[1].get(name, 0.0))
+        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=limit, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_hidden_states_and_gradients_are_those_of_transformers(family: str) -> None:
     wrapped, tokens = student(family), tiny_tokens(2, 30)
     plain = outputs(wrapped, tokens)
+    lost = rounding(wrapped, tokens, plain)
     training_form.enter(wrapped.model)
-    assert_same(outputs(wrapped, tokens), plain)
+    assert_same(outputs(wrapped, tokens), plain, lost)
     training_form.checkpointed(wrapped.model, (1, 3))
-    assert_same(outputs(wrapped, tokens), plain)
+    assert_same(outputs(wrapped, tokens), plain, lost)
 
 
 def test_packed_documents_pass_through() -> None:
@@ -80,9 +111,10 @@ def test_other_activations_and_dropout_keep_their_own_ways() -> None:
     for wrapped in (student("llama", hidden_act="gelu"), student("llama", Lora(3, dropout=0.5))):
         torch.manual_seed(3)
         plain = outputs(wrapped, tokens)
+        lost = rounding(wrapped, tokens, plain, seed=3)
         training_form.enter(wrapped.model)
         torch.manual_seed(3)
-        assert_same(outputs(wrapped, tokens), plain)
+        assert_same(outputs(wrapped, tokens), plain, lost)
 
 
 def test_it_is_taken_off_again() -> None:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from hybridize_kernels.gated_delta_rule.within import unit_lower_inverse
 
-# Largest error over the largest number of the inverse, by whether products are of halves.
-ERROR = {
-    # What fp32 itself loses, of a badly conditioned system too where keys are nearly parallel.
-    False: {"random": 2e-6, "parallel": 5e-5},
-    # One step of Newton's after them: never more than rounding to bf16 loses afterwards.
-    True: {"random": 2e-5, "parallel": 2e-3},
-}
+# Largest error over the largest number of the inverse where products are of halves. One step of Newton's comes after
+# them: never more than rounding to bf16 loses afterwards.
+ERROR_OF_HALVES = {"random": 2e-5, "parallel": 2e-3}
+# Else as many times what LAPACK loses in fp32 on the same systems, which are badly conditioned where keys are nearly
+# parallel; how much that is depends on the processor's order of summation.
+TIMES_LAPACK = 4.0
 
 
 @triton.jit
@@ -36,6 +35,12 @@ def systems(size: int, parallel: bool) -> Tensor:
     return (keys @ keys.mT * beta).tril(-1)
 
 
+def worst(found: Tensor, expected: Tensor) -> float:
+    """The largest error of three inverses, each over the largest number in it."""
+    error = (found.double() - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
+    return float(error.max())
+
+
 @pytest.mark.parametrize("size", [16, 32, 64])
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("kind", ["random", "parallel"])
@@ -47,8 +52,10 @@ def test_it_is_the_inverse(size: int, halves: bool, kind: str, kernel_device: st
     expected = torch.linalg.inv(one + matrix.double())
     assert not found.triu(1).any()
     assert torch.equal(found.diagonal(dim1=1, dim2=2), torch.ones(3, size, device=kernel_device))
-    error = (found.double() - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
-    assert error.max().item() <= ERROR[halves][kind], f"error {error.max().item():.3g}"
+    error = worst(found, expected)
+    by_lapack = torch.linalg.solve_triangular(one.float().cpu() + matrix.cpu(), one.float().cpu(), upper=False)
+    limit = ERROR_OF_HALVES[kind] if halves else TIMES_LAPACK * worst(by_lapack, expected.cpu())
+    assert error <= limit, f"error {error:.3g}, at most {limit:.3g}"
 
 
 @pytest.mark.parametrize("halves", [False, True])
