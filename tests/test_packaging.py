@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import hybridize
+from hybridize.recipe.suites import suite_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,6 +83,10 @@ def test_wheel_carries_the_shipped_recipes(wheel: zipfile.ZipFile) -> None:
     assert {path.name for path in (ROOT / "recipes").glob("*.yaml")} <= carried
     assert any(name.startswith("text/train/") for name in carried)
     assert any(name.startswith("text/held-out/") for name in carried)
+
+
+def test_wheel_carries_the_suites(wheel: zipfile.ZipFile) -> None:
+    assert {f"hybridize/recipe/suites/{name}.yaml" for name in suite_names()} <= set(wheel.namelist())
 
 
 def test_version_is_said_once(wheel: zipfile.ZipFile) -> None:
