@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hybridize.evaluation.inside.gates import gates
+from hybridize.evaluation.inside.gated_delta_net import gates
 from hybridize.evaluation.inside.retention import needles, retention
 from hybridize.evaluation.inside.selection import selection
 from hybridize.evaluation.inside.shown import shown

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridize.evaluation.inside.held import held_after
 from hybridize.evaluation.inside.layers import layers_with
-from hybridize.evaluation.inside.reading import held_after
 from hybridize.evaluation.items import Item
 from hybridize.evaluation.parts import Row
 from hybridize.evaluation.windows import Window

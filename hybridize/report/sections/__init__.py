@@ -11,7 +11,7 @@ from hybridize.report.sections.ablation import ablation
 from hybridize.report.sections.answers import answers
 from hybridize.report.sections.baselines import baselines
 from hybridize.report.sections.cost import cost
-from hybridize.report.sections.gates import gates
+from hybridize.report.sections.gated_delta_net import gates
 from hybridize.report.sections.held_out import held_out
 from hybridize.report.sections.opening import opening
 from hybridize.report.sections.origin import origin

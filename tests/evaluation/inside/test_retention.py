@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridize.evaluation.inside.held import equal_length_batches, held_after
 from hybridize.evaluation.inside.layers import listening
-from hybridize.evaluation.inside.reading import equal_length_batches, held_after
 from hybridize.evaluation.inside.retention import by_place, needles, retention
 from hybridize.evaluation.items import Item
 from hybridize.mixers.base import Rope

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybridize.evaluation.inside.reading import held_after
+from hybridize.evaluation.inside.held import held_after
 from hybridize.evaluation.inside.shown import bit_mask, pieces, shown
 from hybridize.evaluation.windows import Window
 from tests.evaluation.conftest import make_prose

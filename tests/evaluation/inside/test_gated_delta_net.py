@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybridize.evaluation.inside import gates as module
-from hybridize.evaluation.inside.gates import LONGEST_HALF_LIFE_TOKENS, gates
+from hybridize.evaluation.inside import gated_delta_net as module
+from hybridize.evaluation.inside.gated_delta_net import LONGEST_HALF_LIFE_TOKENS, gates
 from hybridize.evaluation.inside.layers import listening
 from hybridize.evaluation.windows import Window
 from tests.evaluation.inside.hybrids import DELTA, EVICTION, FULL, make_texts, tiny_hybrid
