@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
 
+from hybridize.errors import RecipeError
 from hybridize.recipe.sources import TextSource
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -30,9 +31,30 @@ NEEDLE_TASKS: tuple[RecallTask, ...] = ("niah_single_1", "niah_single_2", "niah_
 PolicyName = Literal["recency", "random", "key_norm", "accumulated_attention", "recent_attention", "last_attention"]
 
 
+class Probe:
+    """Base of the probes: counts are at least 1, depths are shares, and a list of what is asked is not empty."""
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            name, value = entry.name, getattr(self, entry.name)
+            if value == () and name not in self.may_be_empty:
+                raise RecipeError("is empty; set the probe to null to leave it out.", where=name)
+            for number in value if isinstance(value, tuple) else (value,):
+                least = 0 if name in self.may_be_zero else 1
+                if type(number) is int and number < least:
+                    raise RecipeError(f"must be at least {least}, is {number}.", where=name)
+                if type(number) is float and not 0 <= number <= 1:
+                    raise RecipeError(f"must be in 0..1, is {number}.", where=name)
+
+
 @dataclass(frozen=True)
-class PerplexityProbe:
+class PerplexityProbe(Probe):
     """Perplexity by position over held-out documents."""
+
+    may_be_zero = ("position_edges",)
 
     context_tokens: int = 1024
     max_windows: int = 8
@@ -41,8 +63,10 @@ class PerplexityProbe:
 
 
 @dataclass(frozen=True)
-class RecallProbe:
+class RecallProbe(Probe):
     """What a model finds again in a long prompt, in the manner of RULER (arXiv 2404.06654)."""
+
+    may_be_empty = ("haystack",)
 
     tasks: tuple[RecallTask, ...] = NEEDLE_TASKS
     lengths: tuple[int, ...] = (1024, 4096)
@@ -56,7 +80,7 @@ class RecallProbe:
 
 
 @dataclass(frozen=True)
-class AgreementProbe:
+class AgreementProbe(Probe):
     """KL divergence and top-1 agreement with the teacher, by source of text."""
 
     context_tokens: int = 1024
@@ -64,7 +88,7 @@ class AgreementProbe:
 
 
 @dataclass(frozen=True)
-class ContinuationProbe:
+class ContinuationProbe(Probe):
     """How many greedy tokens student and teacher have in common after the same prompt."""
 
     prompt_tokens: int = 256
@@ -74,8 +98,10 @@ class ContinuationProbe:
 
 
 @dataclass(frozen=True)
-class ReadingProbe:
+class ReadingProbe(Probe):
     """Values asked of documents that are in the prompt, as completion (arXiv 2407.05483)."""
+
+    may_be_empty = ("sources",)
 
     sources: tuple[TextSource, ...] = ()
     """JSON lines or SQuAD files; none: the metadata of the installed Python packages."""
@@ -86,8 +112,10 @@ class ReadingProbe:
 
 
 @dataclass(frozen=True)
-class ChoicesProbe:
+class ChoicesProbe(Probe):
     """Multiple choice: the answer that a model finds likeliest."""
+
+    may_be_empty = ("sources",)
 
     sources: tuple[TextSource, ...] = ()
     """JSON lines, or BIG-bench: a task.json, or ARCHIVE.tar.gz:task."""
@@ -96,8 +124,11 @@ class ChoicesProbe:
 
 
 @dataclass(frozen=True)
-class HarnessProbe:
+class HarnessProbe(Probe):
     """Tasks of EleutherAI's lm-evaluation-harness, which the extra `harness` installs."""
+
+    may_be_empty = ("tasks",)
+    may_be_zero = ("num_fewshot",)
 
     tasks: tuple[str, ...] = ()
     num_fewshot: int | None = None
@@ -106,7 +137,7 @@ class HarnessProbe:
 
 
 @dataclass(frozen=True)
-class AblationProbe:
+class AblationProbe(Probe):
     """What is lost when each mixer in turn is replaced by a window."""
 
     context_tokens: int = 1024
@@ -119,7 +150,7 @@ class AblationProbe:
 
 
 @dataclass(frozen=True)
-class InsideProbe:
+class InsideProbe(Probe):
     """What the mixers do: tokens retained, gates and decays, blocks selected."""
 
     context_tokens: int = 1024
@@ -130,8 +161,10 @@ class InsideProbe:
 
 
 @dataclass(frozen=True)
-class BaselinesProbe:
+class BaselinesProbe(Probe):
     """Training-free choices of what stays, on the teacher, in the layers where the student evicts."""
+
+    may_be_empty = ("budgets",)
 
     policies: tuple[PolicyName, ...] = (
         "recency",
@@ -155,7 +188,7 @@ class BaselinesProbe:
 
 
 @dataclass(frozen=True)
-class SpeedProbe:
+class SpeedProbe(Probe):
     """How fast prompts are read and tokens written on this machine."""
 
     lengths: tuple[int, ...] = (1024,)
@@ -165,7 +198,7 @@ class SpeedProbe:
 
 
 @dataclass(frozen=True)
-class SamplesProbe:
+class SamplesProbe(Probe):
     """Greedy continuations by student and teacher, side by side."""
 
     prompts: tuple[str, ...] = ("The history of the printing press begins with",)

@@ -60,3 +60,29 @@ def test_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no suite") as error:
         load_recipe(path)
     assert error.value.where.endswith("recipe.yaml:4")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("evaluate.recall.samples=0", "samples: must be at least 1, is 0"),
+        ("evaluate.recall.lengths=[1024, -1]", "lengths: must be at least 1, is -1"),
+        ("evaluate.recall.depths=[0.1, 1.5]", r"depths: must be in 0\.\.1, is 1\.5"),
+        ("evaluate.recall.tasks=[]", "tasks: is empty"),
+        ("evaluate.baselines={policies: []}", "policies: is empty"),
+        ("evaluate.speed={repeats: 0}", "repeats: must be at least 1"),
+        ("evaluate.harness={num_fewshot: -1}", "num_fewshot: must be at least 0"),
+    ],
+)
+def test_settings_that_ask_nothing_are_refused(change: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_evaluate("standard", overrides=(change,))
+
+
+def test_nothing_is_a_wish_where_it_means_something() -> None:
+    changes = (
+        "evaluate.perplexity.position_edges=[0]",
+        "evaluate.harness={num_fewshot: 0}",
+        "evaluate.baselines={budgets: []}",
+    )
+    assert load_evaluate("standard", overrides=changes).baselines is not None
