@@ -87,9 +87,8 @@ class Teacher:
         for index in wanted:
 
             def hear(module: nn.Module, args: Any, kwargs: Any, out: Any, index: int = index) -> None:
-                hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-                traces[index] = AttentionTrace(hidden_states, (cos, sin), out[0], cu_seqlens)
+                hidden_states, embeddings = self.adapter.attention_inputs(args, kwargs)
+                traces[index] = AttentionTrace(hidden_states, embeddings, out[0], cu_seqlens)
                 if index == wanted[-1] and self.stops_early:
                     raise _LastLayerDone
 

@@ -15,7 +15,7 @@ from hybridize.errors import FamilyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,12 @@ class FamilyAdapter:
     def replace(self, layer: nn.Module, mixer: nn.Module) -> None:
         """Puts `mixer` where the attention of `layer` was."""
         setattr(layer, self.attention_attribute, mixer)
+
+    def attention_inputs(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states and (cos, sin) of the rotary embedding, from the arguments of an attention module."""
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
+        return hidden_states, (cos, sin)
 
     def view(self, attention: nn.Module, layer_index: int, geometry: AttentionGeometry) -> AttentionView:
         """The parts of the teacher's attention module."""

@@ -62,8 +62,7 @@ def listening(model: Any, hear: Mapping[int, Hear]) -> Iterator[None]:
     for index, told in hear.items():
 
         def hook(module: Any, args: Any, kwargs: Any, told: Hear = told) -> None:
-            hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            embeddings = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
+            hidden_states, embeddings = adapter.attention_inputs(args, kwargs)
             told(hidden_states, Rope(*embeddings))
 
         attention = adapter.attention(decoder_layers[index])
