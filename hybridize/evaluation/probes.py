@@ -189,7 +189,7 @@ class Probes:
 
         if not settings.sources:
             raise _Skipped("no questions were given (evaluate.choices.sources)")
-        questions = read_questions(settings, self.base, seed=self.seed)
+        questions = read_questions(settings, self.base, seed=self.seed, offline=self.offline)
         with self.reporter.task("multiple choice", len(questions) * len(self.models)) as task:
             return choices(self.models, self.tokenizer, questions, batch_tokens=self.batch_tokens, task=task)
 

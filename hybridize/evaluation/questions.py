@@ -43,7 +43,7 @@ class Question:
     answer: int
 
 
-def read_questions(probe: ChoicesProbe, base: Path, *, seed: int) -> list[Question]:
+def read_questions(probe: ChoicesProbe, base: Path, *, seed: int, offline: bool = False) -> list[Question]:
     """The questions of every source, at most `max_questions` of a task, drawn by the seed.
 
     A source is JSON lines, a BIG-bench task.json, or `ARCHIVE.tar.gz:task,task` of the `bigbench` source package, which
@@ -55,7 +55,7 @@ def read_questions(probe: ChoicesProbe, base: Path, *, seed: int) -> list[Questi
     """
     chosen: list[Question] = []
     for source in probe.sources:
-        found = list(_of_source(source, base, seed))
+        found = list(_of_source(source, base, seed, offline))
         if not found:
             raise CheckpointError("The source holds no question.", where=source.path, hint=FORMS)
         for task in dict.fromkeys(question.task for question in found):
@@ -65,7 +65,7 @@ def read_questions(probe: ChoicesProbe, base: Path, *, seed: int) -> list[Questi
     return chosen
 
 
-def _of_source(source: TextSource, base: Path, seed: int) -> Iterator[Question]:
+def _of_source(source: TextSource, base: Path, seed: int, offline: bool) -> Iterator[Question]:
     archive, is_archive, tasks = source.path.partition(_ARCHIVE)
     if is_archive:
         wanted = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -78,7 +78,7 @@ def _of_source(source: TextSource, base: Path, seed: int) -> Iterator[Question]:
             name = source.name or (path.parent.name if path.name == "task.json" else path.stem)
             yield from _of_task(_parsed(read_bytes(path), str(path)), name, str(path), seed)
     else:
-        for row in read_rows(source, base):
+        for row in read_rows(source, base, offline=offline):
             yield _of_row(row)
 
 

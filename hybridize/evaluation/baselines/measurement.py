@@ -24,7 +24,8 @@ class Measurement:
 
     Attributes:
         tokenizer: of all models.
-        items, windows: questions for the recall, texts for the perplexity.
+        items, windows: questions for the recall, whose `group` is the length of their prompt, since a policy takes no
+            padding; texts for the perplexity.
         first, end: positions between which tokens count for the perplexity, half-open.
         batch_tokens: tokens that go through a model at once.
         task: progress, advanced by one a row.
@@ -43,24 +44,14 @@ class Measurement:
         mode; the perplexity is None where no text is that long."""
         with SILENT.task("", None) as nobody:
             scores = score_windows(model, None, self.windows, batch_tokens=self.batch_tokens, task=nobody)
-            answers = self._ask(model, nobody)
+            found = ask(model, self.tokenizer, self.items, batch_tokens=self.batch_tokens, task=nobody)
         late = [part for score in scores if (part := between(score, self.first, self.end)) is not None]
         numbers: Row = {"perplexity": None, "perplexity_se": None}
         if late:
             numbers = exponential("perplexity", mean_of([part.student for part in late]))
         self.task.advance()
         counted = sum(part.student.numel() for part in late)
-        return {"policy": policy, "budget": budget, **numbers, "tokens": counted, "recall": self._recall(answers)}
-
-    def _ask(self, model: Any, task: Task) -> list[float]:
-        """Scores of the items; prompts of one length at a time, since a policy takes no padding."""
-        scores: dict[int, float] = {}
-        for length in sorted({len(item.prompt) for item in self.items}):
-            places = [i for i, item in enumerate(self.items) if len(item.prompt) == length]
-            chosen = [self.items[i] for i in places]
-            found = ask(model, self.tokenizer, chosen, batch_tokens=self.batch_tokens, task=task)
-            scores |= dict(zip(places, found, strict=True))
-        return [scores[i] for i in range(len(self.items))]
+        return {"policy": policy, "budget": budget, **numbers, "tokens": counted, "recall": self._recall(found)}
 
     def _recall(self, scores: Sequence[float]) -> Row:
         gathered: dict[str, dict[str, list[float]]] = {}
