@@ -13,12 +13,14 @@ soon as its right context is there, by a scorer that streams, instead of rescori
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hybridize.errors import RecipeError
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.documents import document_of_tokens, document_positions
@@ -34,11 +36,17 @@ from hybridize.mixers.parts.slots import (
     ring_positions,
     take,
 )
+from hybridize.mixers.parts.soft_retention import concrete_log_gates, softly_retained_attention
 from hybridize_kernels import RetentionDecision, retained_attention, retained_decode, retention_decision
 
 SCORE_GRID = 2.0**16
 """Scores are compared on a grid of this many steps a unit: tokens in equal surroundings tie exactly (the earlier one
 wins), whatever the rounding of a matrix product does for one number of tokens or another."""
+SCHEDULE_STEPS = 16
+LEAST_TEMPERATURE = 0.1
+"""Of a soft gate at the end of its schedule: between 0.01 and 0.99 lies then a tenth of what does at 1."""
+_LEAST_UNIFORM = 1e-6
+"""Keeps the logarithms of Gumbel noise finite."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class TokenEviction(Mixer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._budget_tokens: int = self.config.budget_tokens
+        self._temperature = LEAST_TEMPERATURE
 
     def build_new(self) -> nn.Module:
         return RetentionParts(self.config, self.geometry)
@@ -83,18 +92,23 @@ class TokenEviction(Mixer):
         self.new.scorer = first.new.scorer
 
     def schedule(self, progress: float, sequence_tokens: int) -> None:
-        """The budget in training falls linearly from the sequence's length to `budget_tokens`."""
+        """The budget in training falls from the sequence's length to `budget_tokens`, a soft gate's temperature from 1.
+
+        Both fall in `SCHEDULE_STEPS` equal steps, between which recorded steps of training can be replayed.
+        """
+        progress = math.floor(min(progress, 1.0) * SCHEDULE_STEPS) / SCHEDULE_STEPS
         final = self.config.budget_tokens
-        self._budget_tokens = max(final, round(sequence_tokens + (final - sequence_tokens) * min(progress, 1.0)))
+        self._budget_tokens = max(final, round(sequence_tokens + (final - sequence_tokens) * progress))
+        self._temperature = 1.0 + (LEAST_TEMPERATURE - 1.0) * progress
 
     @property
     def budget_tokens(self) -> int:
         """The cap in force: the scheduled one in training, else the final one."""
         return self._budget_tokens if self.training else self.config.budget_tokens  # type: ignore[no-any-return]
 
-    def schedule_key(self) -> int | None:
+    def schedule_key(self) -> tuple[int, float] | None:
         in_first_steps = self.config.warmup_steps or self.config.freeze_steps
-        return None if in_first_steps else self._budget_tokens
+        return None if in_first_steps else (self._budget_tokens, self._temperature)
 
     def after_step(self) -> None:
         self.new.controller.after_step(self._budget_tokens)
@@ -123,21 +137,30 @@ class TokenEviction(Mixer):
 
         in_order = positions if self.padded else None
         logit = self._logits(unrotated, v, in_order, cu_seqlens)
-        decision = self._decide(logit, in_order, cu_seqlens)
+        decision = self._decide(self._explored(logit), in_order, cu_seqlens)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
-        out = self._attend(
-            q,
-            k,
-            v,
-            torch.ones_like(decision.decided) if everything else decision.decided,
-            in_order,
-            in_order,
-            budget=None if everything else self.budget_tokens,
-            cu_seqlens=cu_seqlens,
-        )
+        if self.training and self.config.score_gradient == "soft" and not everything:
+            out = self._attend_softly(q, k, v, logit, in_order, cu_seqlens)
+        else:
+            out = self._attend(
+                q,
+                k,
+                v,
+                torch.ones_like(decision.decided) if everything else self._taught(decision.decided),
+                in_order,
+                in_order,
+                budget=None if everything else self.budget_tokens,
+                cu_seqlens=cu_seqlens,
+            )
         if not self.training:
             return out, {}
-        return out, {"eviction_budget": self._observed(decision, logit)}
+        auxiliary = {"eviction_budget": self._observed(decision, logit)}
+        if self.config.future_attention:
+            target = self._future_attention(q, k, positions, cu_seqlens)
+            auxiliary["retention_target"] = self.config.future_attention * self._target_loss(
+                logit, target, positions, cu_seqlens
+            )
+        return out, auxiliary
 
     # Learning from the teacher's queries and keys alone.
 
@@ -158,16 +181,7 @@ class TokenEviction(Mixer):
         positions = torch.arange(num_tokens, device=q.device).expand(batch, -1)
         if cu_seqlens is not None:
             positions = document_positions(cu_seqlens, num_tokens)
-        complete = self._complete(positions, cu_seqlens)
-        rope = Rope(*position_embeddings)
-        future = future_attention(
-            *rope(q, k),
-            window=self.config.window_tokens,
-            positions=None,
-            scale=self.scale,
-            cu_seqlens=cu_seqlens,
-        )
-        future = future.masked_fill(~complete[..., None], -torch.inf)
+        future = self._future_attention(*Rope(*position_embeddings)(q, k), positions, cu_seqlens)
         return RetentionTargets(k, v, positions, future, cu_seqlens)
 
     def align_loss(self, targets: RetentionTargets) -> Tensor:
@@ -179,8 +193,27 @@ class TokenEviction(Mixer):
         bounds = targets.cu_seqlens
         logit = self._logits(targets.keys, targets.values, None, bounds)
         self.auxiliary = {"eviction_budget": self._observed(self._decide(logit, None, bounds), logit)}
+        return self._target_loss(logit, targets.future, targets.positions, bounds)
+
+    @torch.no_grad()
+    def _future_attention(self, q: Tensor, k: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """What tokens will be worth to queries beyond the window, [B, T, H]; -inf where a score is incomplete.
+
+        q, k: after RoPE. positions: [B, T].
+        """
+        future = future_attention(
+            q,
+            k,
+            window=self.config.window_tokens,
+            positions=positions if self.padded else None,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+        )
+        return future.masked_fill(~self._complete(positions, cu_seqlens)[..., None], -torch.inf)
+
+    def _target_loss(self, logit: Tensor, future: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         sinks = self.config.sink_tokens
-        return retention_target_loss(logit, targets.future, targets.positions, sinks=sinks, cu_seqlens=bounds)
+        return retention_target_loss(logit, future, positions, sinks=sinks, cu_seqlens=cu_seqlens)
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         heads, head_size = self.geometry.num_key_heads, self.geometry.head_size
@@ -228,6 +261,17 @@ class TokenEviction(Mixer):
         """[..., H]: zero is where a token begins to be kept."""
         threshold = self.new.controller.threshold
         return logit if threshold is None else logit - threshold
+
+    def _explored(self, logit: Tensor) -> Tensor:
+        """[B, T, H]: with Gumbel noise in training, if the configuration asks for it."""
+        if not self.training or not self.config.score_noise:
+            return logit
+        uniform = torch.rand_like(logit).clamp(_LEAST_UNIFORM, 1.0 - _LEAST_UNIFORM)
+        return logit - self.config.score_noise * (-uniform.log()).log()
+
+    def _taught(self, score: Tensor) -> Tensor:
+        """Scores as attention gets them, with or without a gradient."""
+        return score.detach() if self.config.score_gradient == "none" else score
 
     def _score(self, logit: Tensor) -> Tensor:
         logit = self._above_threshold(logit)
@@ -284,6 +328,22 @@ class TokenEviction(Mixer):
             scale=self.scale,
             ordered_from=ordered_from,
             cu_seqlens=cu_seqlens,
+        )
+
+    def _attend_softly(
+        self, q: Tensor, k: Tensor, v: Tensor, logit: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """In training, where the score is a gate. A token at the threshold is half there, as before its decision.
+
+        Raises:
+            RecipeError: rows are not single texts.
+        """
+        if positions is not None or cu_seqlens is not None:
+            hint = "Set data.document_boundaries to false, or choose another gradient."
+            raise RecipeError("A soft gate wants one text a row.", where="score_gradient", hint=hint)
+        log_gate = concrete_log_gates(self._above_threshold(logit), self._temperature)
+        return softly_retained_attention(
+            q, k, v, log_gate, window=self.config.window_tokens, sinks=self.config.sink_tokens, scale=self.scale
         )
 
     def _decode(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.configs.base import MixerConfig
@@ -14,6 +14,7 @@ from hybridize.mixers.configs.base import MixerConfig
 POSITION_BYTES = 4
 SCORE_BYTES = 4
 COUNT_BYTES = 4
+ScoreGradient = Literal["straight_through", "outside", "logit", "counterfactual", "soft", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,15 @@ class TokenEvictionConfig(MixerConfig):
         scorer_dropout: before each convolution, in training.
         scorer_bias_init: first value of the last bias; above zero everything is kept at the start.
         detach_scorer_input: the scorer's gradient does not reach keys and values.
-        score_gradient: "straight_through": a score gets the gradient of a gate on its token's value.
+        score_gradient: what a score learns from the model's loss. "straight_through" (the paper's): the gradient of a
+            gate on its token's value, from every query that sees the token. "outside": the same, from queries whose
+            window the token has left. "logit": from these, of a gate on the weight in their softmax.
+            "counterfactual": the same, and for tokens that are not retained what showing them would change. "soft": in
+            training tokens are weakened instead of evicted, by gates that harden as the budget falls. "none": nothing.
+        score_noise: scale of Gumbel noise on the scorer's outputs in training, so that tokens near the edge of the
+            budget are tried out.
+        future_attention: weight, in stages that train the whole model, of the loss by which scores are regressed on the
+            student's own attention to tokens that have left the window; `align` learns from the teacher's alone.
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
         budget_control: how many tokens get a positive score; whatever their number, only the best `budget_tokens` are
@@ -63,7 +72,9 @@ class TokenEvictionConfig(MixerConfig):
     scorer_dropout: float = 0.1
     scorer_bias_init: float = 0.5
     detach_scorer_input: bool = False
-    score_gradient: Literal["straight_through"] = "straight_through"
+    score_gradient: ScoreGradient = "straight_through"
+    score_noise: float = 0.0
+    future_attention: float = 0.0
     warmup_steps: int = 0
     freeze_steps: int = 0
     budget_control: Literal["l1", "threshold"] = "l1"
@@ -104,9 +115,12 @@ class TokenEvictionConfig(MixerConfig):
         )
         self.require(0 <= self.scorer_dropout < 1, "scorer_dropout", f"must be in 0..1, is {self.scorer_dropout}.")
         self.require(math.isfinite(self.scorer_bias_init), "scorer_bias_init", "must be finite.")
+        for key in ("score_noise", "future_attention"):
+            value = getattr(self, key)
+            self.require(0 <= value < math.inf, key, f"must be zero or positive, is {value}.")
         self._require_choice("scorer_sharing", ("head", "layer", "model"))
         self._require_choice("score", ("sigmoid", "relu"))
-        self._require_choice("score_gradient", ("straight_through",))
+        self._require_choice("score_gradient", get_args(ScoreGradient))
         self._require_choice("l1_sharing", ("head", "layer"))
         self.require(0 <= self.l1_margin < 0.5, "l1_margin", f"must be in 0..0.5, is {self.l1_margin}.")
         self.require(
