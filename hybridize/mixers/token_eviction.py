@@ -13,7 +13,6 @@ soon as its right context is there, by a scorer that streams, instead of rescori
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,6 @@ from hybridize_kernels import RetentionDecision, retained_attention, retained_de
 SCORE_GRID = 2.0**16
 """Scores are compared on a grid of this many steps a unit: tokens in equal surroundings tie exactly (the earlier one
 wins), whatever the rounding of a matrix product does for one number of tokens or another."""
-SCHEDULE_STEPS = 16
 LEAST_TEMPERATURE = 0.1
 """Of a soft gate at the end of its schedule: between 0.01 and 0.99 lies then a tenth of what does at 1."""
 _LEAST_UNIFORM = 1e-6
@@ -92,12 +90,8 @@ class TokenEviction(Mixer):
         self.new.scorer = first.new.scorer
 
     def schedule(self, progress: float, sequence_tokens: int) -> None:
-        """The budget in training falls from the sequence's length to `budget_tokens`, a soft gate's temperature from 1.
-
-        Both fall in `SCHEDULE_STEPS` equal steps, between which recorded steps of training can be replayed.
-        """
-        progress = math.floor(min(progress, 1.0) * SCHEDULE_STEPS) / SCHEDULE_STEPS
-        final = self.config.budget_tokens
+        """The budget in training falls linearly from the sequence's length to `budget_tokens`, the temperature from 1."""
+        progress, final = min(progress, 1.0), self.config.budget_tokens
         self._budget_tokens = max(final, round(sequence_tokens + (final - sequence_tokens) * progress))
         self._temperature = 1.0 + (LEAST_TEMPERATURE - 1.0) * progress
 

@@ -7,6 +7,7 @@ from .column_statistics import attention_log_sum_exp, column_statistics
 from .delta_gates import delta_gates
 from .dispatch import use_implementation
 from .distillation_loss import distillation_loss, top_k_distillation_loss, top_k_targets
+from .gate_gradient import gate_gradient
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from .gated_mlp import gated_mlp
 from .gated_rms_norm import gated_rms_norm
@@ -30,6 +31,7 @@ __all__ = [
     "delta_gates",
     "distillation_loss",
     "eviction_position",
+    "gate_gradient",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_mlp",
