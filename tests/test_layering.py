@@ -18,8 +18,9 @@ BOTTOM = {"errors", "files", "progress", "recipe", "hybridize_kernels"}
 MIDDLE = BOTTOM | {"mixers", "families", "checkpoint"}
 UPPER = MIDDLE | {"plan", "model"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "hybridize": UPPER | {"report", "evaluation", "distillation", "cli"},  # the façade, which loads late
-    "cli": UPPER | {"report", "evaluation", "distillation"},
+    "hybridize": UPPER | {"corpus", "report", "evaluation", "distillation", "cli"},  # the façade, which loads late
+    "cli": UPPER | {"corpus", "report", "evaluation", "distillation"},
+    "corpus": UPPER,
     "report": UPPER,
     "evaluation": UPPER,
     "distillation": UPPER,

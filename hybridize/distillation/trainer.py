@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from hybridize.distillation.schedule import Shape, batch_shape, learning_rates, 
 from hybridize.distillation.sharding import gather, give_gradients, own_parameters, own_part, part_like
 from hybridize.distillation.signals import StopRequest
 from hybridize.distillation.stages import Measured, Step, TeacherAnswers, make_step
+from hybridize.distillation.start_from_text import start_from_text
 from hybridize.distillation.teacher_cache import CachedTeacher
 from hybridize.errors import InterruptedError_, RecipeError, StoppedError
 from hybridize.model.training_form import checkpointed
@@ -140,6 +141,8 @@ class Trainer:
             if first:
                 task.advance(first)
             log = StepLog(self.metrics, task)
+            if stage.calibrate_sequences and not first:
+                self._calibrate(stage, shape, ahead)
             for stage_step in range(first, stage.steps):
                 self._stop_if_asked(optimizer, numbers, log)
                 fault_point("step-start")
@@ -154,6 +157,13 @@ class Trainer:
                 self._read(numbers, log)
                 if self.progress.step % self.distill.save_every_steps == 0 or stage_step + 1 == stage.steps:
                     self._save(optimizer, numbers, log)
+
+    def _calibrate(self, stage: Stage, shape: Shape, ahead: Ahead) -> None:
+        """What this changes is part of the first checkpoint; until there is one, a run begins from nothing."""
+        fetched = ahead.take(replace(shape, sequences=1), stage.calibrate_sequences, self._wanted(0, 0))
+        self.progress = replace(self.progress, data=fetched.place)
+        batches = [batch.to(self.processes.device) for batch in fetched.batches]
+        start_from_text(stage, self.student, self.teacher, batches, self.processes, self._autocast(), self.reporter)
 
     def _wanted(self, index: int, stage_step: int) -> tuple[Shape, int]:
         """Shape and number of the micro-batches of a step."""

@@ -5,20 +5,27 @@ For each query head, with unit q and k:
     S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + b_t k_t v_tᵀ,    o_t = S_tᵀ q_t
 
 Source: Yang et al., Gated Delta Networks, https://arxiv.org/abs/2412.06464, eq. 10. Unlike the paper, q and k pass the
-teacher's norms, grouped keys and values are shared as in the teacher, the convolution starts as the identity and no
-activation follows it, the gate starts at 1, and the half-lives of the heads start spread out.
+teacher's norms, grouped keys and values are shared as in the teacher unless the heads get their own, the convolution
+starts as the identity and no activation follows it, the gate starts at 1, and the half-lives of the heads start spread
+out or, with `calibrate`, where text puts them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from hybridize.families.base import AttentionGeometry
+from hybridize.families.base import AttentionGeometry, AttentionView
 from hybridize.mixers.base import Mixer, MixerState, Rope
+from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.configs.gated_delta_net import GatedDeltaNetConfig
+from hybridize.mixers.parts.documents import document_positions
+from hybridize.mixers.parts.gate_calibration import CANDIDATES, ChannelFit, GateFit, softmax_heads
+from hybridize.mixers.parts.own_keys import with_own_keys
 from hybridize.mixers.parts.slots import make_writable
 from hybridize_kernels import (
     delta_gates,
@@ -69,20 +76,26 @@ class GatedDeltaNetParameters(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Half-lives spread geometrically over the heads, beta at its start, gate at 1, convolutions the identity."""
-        for linear in (self.decay, self.beta, self.output_gate):
-            if linear is not None:
-                nn.init.zeros_(linear.weight)
-        heads = self.decay_rate.shape[0]
-        # softplus(0) = ln 2, so that a half-life h is simply decay_rate = −ln h.
-        nn.init.zeros_(self.decay_bias)
+        if self.output_gate is not None:
+            nn.init.zeros_(self.output_gate.weight)
         longest, shortest = math.log(LONGEST_HALF_LIFE_TOKENS), math.log(SHORTEST_HALF_LIFE_TOKENS)
-        self.decay_rate.copy_(-torch.linspace(shortest, longest, heads))
-        nn.init.constant_(self.beta.bias, math.log(_INITIAL_BETA / (self.beta_ceiling - _INITIAL_BETA)))
+        half_lives = torch.linspace(shortest, longest, len(self.decay_rate)).exp()
+        self.set_gates(half_lives, torch.full_like(half_lives, _INITIAL_BETA))
         nn.init.ones_(self.output_scale)
         for taps in (self.q_taps, self.k_taps, self.v_taps):
             if taps is not None:
                 nn.init.zeros_(taps)
                 taps[:, -1] = 1.0
+
+    @torch.no_grad()
+    def set_gates(self, half_lives: Tensor, betas: Tensor) -> None:
+        """Half-lives in tokens and corrections, each [HQ], whatever the input."""
+        for linear in (self.decay, self.beta):
+            nn.init.zeros_(linear.weight)
+        # softplus(0) = ln 2, so that a half-life h is simply decay_rate = −ln h.
+        nn.init.zeros_(self.decay_bias)
+        self.decay_rate.copy_(-half_lives.log())
+        self.beta.bias.copy_(torch.logit(betas / self.beta_ceiling))
 
     @property
     def beta_ceiling(self) -> float:
@@ -121,6 +134,11 @@ class GatedDeltaNet(Mixer):
     """See the module. State: [B, HQ, D, D] fp32, and the last tokens of q, k and v where there is a convolution."""
 
     config_class = GatedDeltaNetConfig
+
+    @classmethod
+    def from_attention(cls, view: AttentionView, config: MixerConfig) -> Self:
+        own_keys = isinstance(config, GatedDeltaNetConfig) and config.own_keys
+        return super().from_attention(with_own_keys(view) if own_keys else view, config)
 
     def build_new(self) -> nn.Module:
         return GatedDeltaNetParameters(self.config, self.geometry)
@@ -168,6 +186,58 @@ class GatedDeltaNet(Mixer):
             _put(state, "recurrent", recurrent)
         out = self.new.finish(out, hidden_states)
         return out if real is None else torch.where(real[..., None, None], out, 0.0), {}
+
+    @torch.no_grad()
+    def calibrate(self, calls: Sequence[Mapping[str, Any]]) -> None:
+        """Sets the new parameters to what comes nearest to the teacher's heads, a head at a time.
+
+        Half-life and beta are the best of a grid, the scale of the output is that of least squares, and the output gate
+        tells by a regression on the input how much a head says: a query that looks at the first token says little.
+
+        Args:
+            calls: arguments of `forward`, a sequence each; the projections must be the teacher's still.
+        """
+        new = self.new
+        heads = [self._heads(**call) for call in calls]
+        new.initialise()
+
+        def fit() -> ChannelFit:
+            found = ChannelFit()
+            for inputs, wanted in heads:
+                found.add(self.mix(**inputs)[0], wanted)
+            return found
+
+        errors = []
+        for half_life, beta in CANDIDATES:
+            new.set_gates(*(torch.full_like(new.decay_rate, value) for value in (half_life, beta)))
+            errors.append(fit().error())
+        best = torch.tensor(CANDIDATES, device=new.decay_rate.device)[torch.stack(errors).argmin(dim=0)]
+        new.set_gates(*best.T)
+        new.output_scale.copy_(fit().scale())
+        if new.output_gate is not None:
+            gate = GateFit()
+            for inputs, wanted in heads:
+                gate.add(inputs["hidden_states"], self.mix(**inputs)[0], wanted)
+            new.output_gate.weight.copy_(gate.weight().repeat_interleave(self.geometry.head_size, dim=0))
+
+    def _heads(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The arguments of `mix` for a sequence, and what the teacher's heads make of it [B, T, HQ, D]."""
+        batch, num_tokens, _ = hidden_states.shape
+        projected = self.project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.view(batch, num_tokens, -1, self.geometry.head_size) for x in projected)
+        q, k = self.normed(q, k, v)
+        rope = Rope(*position_embeddings)
+        positions = torch.arange(num_tokens, device=q.device).expand(batch, -1)
+        if cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, num_tokens)
+        self.padded = False
+        inputs = {"q": q, "k": k, "v": v, "hidden_states": hidden_states, "rope": rope, "state": None}
+        wanted = softmax_heads(
+            *rope(q, k), v, positions, scale=self.scale, window=self.geometry.windows[self.layer_idx]
+        )
+        return {**inputs, "positions": positions, "cu_seqlens": cu_seqlens}, wanted
 
     def _step(
         self,

@@ -35,7 +35,7 @@ from hybridize.mixers.parts.slots import (
     ring_positions,
     take,
 )
-from hybridize.mixers.parts.soft_retention import concrete_log_gates, softly_retained_attention
+from hybridize.mixers.parts.soft_retention import concrete_log_gates, soft_budget_loss, softly_retained_attention
 from hybridize_kernels import RetentionDecision, retained_attention, retained_decode, retention_decision
 
 SCORE_GRID = 2.0**16
@@ -43,8 +43,6 @@ SCORE_GRID = 2.0**16
 wins), whatever the rounding of a matrix product does for one number of tokens or another."""
 LEAST_TEMPERATURE = 0.1
 """Of a soft gate at the end of its schedule: between 0.01 and 0.99 lies then a tenth of what does at 1."""
-_LEAST_UNIFORM = 1e-6
-"""Keeps the logarithms of Gumbel noise finite."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class TokenEviction(Mixer):
         self.new.scorer = first.new.scorer
 
     def schedule(self, progress: float, sequence_tokens: int) -> None:
-        """The budget in training falls linearly from the sequence's length to `budget_tokens`, the temperature from 1."""
+        """The budget in training falls linearly from the sequence's length to its final value, a temperature from 1."""
         progress, final = min(progress, 1.0), self.config.budget_tokens
         self._budget_tokens = max(final, round(sequence_tokens + (final - sequence_tokens) * progress))
         self._temperature = 1.0 + (LEAST_TEMPERATURE - 1.0) * progress
@@ -131,7 +129,7 @@ class TokenEviction(Mixer):
 
         in_order = positions if self.padded else None
         logit = self._logits(unrotated, v, in_order, cu_seqlens)
-        decision = self._decide(self._explored(logit), in_order, cu_seqlens)
+        decision = self._decide(logit, in_order, cu_seqlens)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
         if self.training and self.config.score_gradient == "soft" and not everything:
             out = self._attend_softly(q, k, v, logit, in_order, cu_seqlens)
@@ -149,6 +147,8 @@ class TokenEviction(Mixer):
         if not self.training:
             return out, {}
         auxiliary = {"eviction_budget": self._observed(decision, logit)}
+        if self.config.score_gradient == "soft":
+            auxiliary = {"eviction_budget": soft_budget_loss(logit, self.budget_tokens)}
         if self.config.future_attention:
             target = self._future_attention(q, k, positions, cu_seqlens)
             auxiliary["retention_target"] = self.config.future_attention * self._target_loss(
@@ -206,8 +206,14 @@ class TokenEviction(Mixer):
         return future.masked_fill(~self._complete(positions, cu_seqlens)[..., None], -torch.inf)
 
     def _target_loss(self, logit: Tensor, future: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        sinks = self.config.sink_tokens
-        return retention_target_loss(logit, future, positions, sinks=sinks, cu_seqlens=cu_seqlens)
+        return retention_target_loss(
+            logit,
+            future,
+            positions,
+            sinks=self.config.sink_tokens,
+            cu_seqlens=cu_seqlens,
+            target=self.config.future_target,
+        )
 
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         heads, head_size = self.geometry.num_key_heads, self.geometry.head_size
@@ -256,13 +262,6 @@ class TokenEviction(Mixer):
         threshold = self.new.controller.threshold
         return logit if threshold is None else logit - threshold
 
-    def _explored(self, logit: Tensor) -> Tensor:
-        """[B, T, H]: with Gumbel noise in training, if the configuration asks for it."""
-        if not self.training or not self.config.score_noise:
-            return logit
-        uniform = torch.rand_like(logit).clamp(_LEAST_UNIFORM, 1.0 - _LEAST_UNIFORM)
-        return logit - self.config.score_noise * (-uniform.log()).log()
-
     def _taught(self, score: Tensor) -> Tensor:
         """Scores as attention gets them, with or without a gradient."""
         return score.detach() if self.config.score_gradient == "none" else score
@@ -309,6 +308,10 @@ class TokenEviction(Mixer):
         ordered_from: int | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
+        gradient = self.config.score_gradient
+        # Only whole texts have the others, which copies of the code without the kernels lack; nobody else misses them.
+        if not self.training or query_positions is not key_positions or gradient in ("soft", "none"):
+            gradient = "straight_through"
         return retained_attention(
             q,
             k,
@@ -322,6 +325,7 @@ class TokenEviction(Mixer):
             scale=self.scale,
             ordered_from=ordered_from,
             cu_seqlens=cu_seqlens,
+            score_gradient=gradient,
         )
 
     def _attend_softly(
@@ -335,7 +339,7 @@ class TokenEviction(Mixer):
         if positions is not None or cu_seqlens is not None:
             hint = "Set data.document_boundaries to false, or choose another gradient."
             raise RecipeError("A soft gate wants one text a row.", where="score_gradient", hint=hint)
-        log_gate = concrete_log_gates(self._above_threshold(logit), self._temperature)
+        log_gate = concrete_log_gates(logit, self._temperature)
         return softly_retained_attention(
             q, k, v, log_gate, window=self.config.window_tokens, sinks=self.config.sink_tokens, scale=self.scale
         )

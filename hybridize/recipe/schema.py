@@ -193,6 +193,8 @@ class Stage:
         learning_rate: peak; warms up over `warmup_steps`, then cosine to `final_share` of it.
         projection_learning_rate: peak for projections trained in full and adapters; None: as `learning_rate`.
         passes: align only: optimiser steps on each captured batch of teacher inputs.
+        calibrate_sequences: align as the first stage only: before its first step, mixers that can (gated_delta_net)
+            take their start from the teacher's attention over so many training sequences; 0: none.
         loss: None: KL for distill, cross entropy for adapt.
         sequence_tokens: None: that of `data`.
         curriculum: None: all sequences have that length.
@@ -210,6 +212,7 @@ class Stage:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     passes: int = 1
+    calibrate_sequences: int = 0
     sequence_tokens: int | None = None
     curriculum: Curriculum | None = None
     loss: Loss | None = None
@@ -225,6 +228,12 @@ class Stage:
     def __post_init__(self) -> None:
         for key in ("steps", "batch_sequences", "accumulate", "passes"):
             _require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}.")
+        _require(self.calibrate_sequences >= 0, "calibrate_sequences", f"is negative: {self.calibrate_sequences}.")
+        _require(
+            self.calibrate_sequences == 0 or self.kind == "align",
+            "calibrate_sequences",
+            f"belongs to a stage of kind align, not {self.kind}.",
+        )
         _positive(self.learning_rate, "learning_rate")
         if self.projection_learning_rate is not None:
             _positive(self.projection_learning_rate, "projection_learning_rate")
@@ -282,6 +291,8 @@ class Distill:
         _require(len(self.stages) > 0, "stages", "needs at least one stage.")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", f"stage names must differ: {', '.join(names)}.")
+        late = [stage.name for stage in self.stages[1:] if stage.calibrate_sequences]
+        _require(not late, "stages", f"calibrate_sequences is for the first stage alone, not for {', '.join(late)}.")
         for key in ("save_every_steps", "keep_checkpoints", "log_every_steps"):
             _require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}.")
         if self.teacher_cache is not None:

@@ -1,9 +1,9 @@
-"""Column statistics: each pass alone, up to 128k tokens."""
+"""What is summed over a key's far queries: column statistics, each pass alone, up to 128k tokens; gate gradients."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Report, Yardsticks, median_ms, relative_error
-from hybridize_kernels import attention_log_sum_exp, column_statistics, use_implementation
+from hybridize_kernels import attention_log_sum_exp, column_statistics, gate_gradient, use_implementation
 
 WINDOW = 512
 LENGTHS = (8192, 32768, 131072)
 HEADS = ((32, 8, 128), (9, 3, 64))
 EAGER_LENGTH = 8192
+GATE_TILES = ("64,128,4,2", "64,128,4,3", "64,128,8,2", "128,128,8,2", "64,64,4,2", "64,64,4,3", "128,64,4,2")
 TILES = (
     "128,128,4,2",
     "128,128,8,2",
@@ -38,6 +39,9 @@ class Case:
     H: int
     D: int
     W: int
+
+
+GATE_CASE = Case(8, 4096, 9, 3, 64, 256)
 
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor]:
@@ -82,6 +86,31 @@ def measure(case: Case, report: Report, yardsticks: Yardsticks, *, impl: str, **
             )
 
 
+def gate_inputs(case: Case) -> tuple[Tensor, ...]:
+    """q, k, v, do, log-sum-exp, delta and exits: one key in eight is shown, for a while."""
+    q, k = make_inputs(case)
+    v, d_output = torch.randn_like(k), torch.randn_like(q)
+    exits = torch.randint(0, case.T + 1, k.shape[:3], device=q.device)
+    exits *= torch.rand(k.shape[:3], device=q.device) < 1 / 8
+    return q, k, v, d_output, attention_log_sum_exp(q, k), torch.randn(q.shape[:3], device=q.device), exits
+
+
+def measure_gates(case: Case, report: Report, yardsticks: Yardsticks, *, impl: str) -> None:
+    """With and without the keys that are hidden, with the largest relative error on a shorter text."""
+    short = gate_inputs(Case(1, min(case.T, 1500), case.HQ, case.H, case.D, case.W))
+    exact, inputs = [x.double() for x in short[:-1]], gate_inputs(case)
+    far = max(0, case.T - case.W)
+    flops = 2 * case.D * case.B * case.HQ * far * (far + 1)
+    for hidden in (False, True):
+        name = f"gate gradient{', hidden keys too' * hidden}"
+        with report.guarded(impl, name, vars(case)):
+            with use_implementation("reference"):
+                wanted = gate_gradient(*exact, short[-1], window=case.W, hidden=hidden, on="logit")
+            error = relative_error(gate_gradient(*short, window=case.W, hidden=hidden, on="logit"), wanted)
+            ms = median_ms(lambda hidden=hidden: gate_gradient(*inputs, window=case.W, hidden=hidden, on="logit"))
+            report.add(impl, name, vars(case), ms=ms, rel_error=error, **yardsticks.of_matmul(flops, ms))
+
+
 def run(report: Report, yardsticks: Yardsticks, *, tiny: bool) -> None:
     cases = [Case(1, time, *heads, WINDOW) for heads, time in itertools.product(HEADS, LENGTHS)]
     for case in [Case(1, 96, 4, 2, 16, 16)] if tiny else cases:
@@ -91,10 +120,11 @@ def run(report: Report, yardsticks: Yardsticks, *, tiny: bool) -> None:
         if case.T == EAGER_LENGTH:
             with report.guarded("eager", "column statistics", vars(case)), use_implementation("eager"):
                 measure(case, report, yardsticks, impl="eager")
+    measure_gates(Case(1, 96, 4, 2, 16, 16) if tiny else GATE_CASE, report, yardsticks, impl="ours")
 
 
 def run_tiles(report: Report, yardsticks: Yardsticks) -> None:
-    """The tiles that may do for the table in `column_statistics/tiles.py`, at 32k."""
+    """The tiles that may do for the tables of `column_statistics`, at 32k, and of `gate_gradient`."""
     tiles = import_module("hybridize_kernels.column_statistics.tiles")
     for heads in HEADS:
         case = Case(1, 32768, *heads, WINDOW)
@@ -102,3 +132,7 @@ def run_tiles(report: Report, yardsticks: Yardsticks) -> None:
             override = {tiles.VARIABLE: f"log_sum_exp={name};statistics={name}"}
             with report.guarded(name, "column statistics", vars(case)), mock.patch.dict("os.environ", override):
                 measure(case, report, yardsticks, impl=name, rel_error=error_of(case))
+    tiles = import_module("hybridize_kernels.gate_gradient.tiles")
+    for head_size, name in itertools.product((64, 128), GATE_TILES):
+        with mock.patch.dict("os.environ", {tiles.VARIABLE: name}):
+            measure_gates(replace(GATE_CASE, D=head_size), report, yardsticks, impl=name)

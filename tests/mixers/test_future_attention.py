@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
-from hybridize.mixers.parts.future_attention import HEADROOM, future_attention, retention_target_loss
+from hybridize.mixers.parts.future_attention import (
+    HEADROOM,
+    PROBABILITY_THRESHOLD,
+    PROBABILITY_UNIT,
+    future_attention,
+    retention_target_loss,
+)
 from hybridize_kernels import use_implementation
 from hybridize_kernels.dispatch import Implementation
 from tests.mixers.one_layer import OneLayer
@@ -101,3 +107,61 @@ def test_the_loss_alone_teaches_what_to_keep() -> None:
         optimiser.step()
     assert losses[-1] < 0.5 * losses[0]
     assert error_of_output() < 0.9 * before
+
+
+def test_the_probability_target_is_met_by_its_log_odds() -> None:
+    probability = torch.rand(2, 30, 3) * 0.98 + 0.01
+    future = probability.log()
+    future[:, 26:] = -torch.inf
+    positions = torch.arange(30).expand(2, -1)
+    logit = ((probability.logit() + PROBABILITY_THRESHOLD) / PROBABILITY_UNIT).requires_grad_()
+    loss = retention_target_loss(logit, future, positions, sinks=4, target="probability")
+    loss.backward()
+    assert logit.grad.abs().max() < 1e-8, "the loss is at its least where odds say the probability"
+    entropy = -(probability * probability.log() + (1 - probability) * (1 - probability).log())
+    assert loss.item() == pytest.approx(entropy[:, 4:26].mean().item(), rel=1e-5)
+
+    further = retention_target_loss(logit.detach() + 1, future, positions, sinks=4, target="probability")
+    assert further > loss
+
+
+def test_the_targets_rank_a_rare_glance_of_everything_differently() -> None:
+    """A token that one text in ten looks at with all of a query's attention, and one that each looks at a little."""
+    rare, steady = torch.full((10,), 1e-5), torch.full((10,), 1e-3)
+    rare[0] = 0.9
+    assert rare.log().mean() < steady.log().mean()
+    assert rare.mean() > steady.mean()
+    logit = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam([logit], lr=0.1)
+    future = torch.stack((rare, steady), dim=1).log()[:, None]  # ten texts of one token
+    for _ in range(300):
+        optimizer.zero_grad()
+        rows = logit.expand(10, 1, 2)
+        retention_target_loss(rows, future, torch.zeros(10, 1), sinks=0, target="probability").backward()
+        optimizer.step()
+    assert logit[0] > logit[1]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.0])
+def test_students_learn_from_their_own_future_attention_where_it_has_a_weight(weight: float) -> None:
+    config = TokenEvictionConfig(
+        window_tokens=8,
+        budget_tokens=12,
+        sink_tokens=2,
+        scorer_dropout=0.0,
+        score_gradient="none",
+        future_attention=weight,
+    )
+    layer = OneLayer(config)
+    layer.mixer.train()
+    torch.manual_seed(1)
+    x = layer.hidden_states(1, 40)
+    layer(x)
+    loss = layer.mixer.auxiliary.get("retention_target")
+    if weight == 0.0:
+        assert loss is None
+        return
+    targets = layer.mixer.align_targets(x, layer.rope(x, torch.arange(40)[None]))
+    assert loss.item() == pytest.approx(weight * layer.mixer.align_loss(targets).item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.mixer.new.scorer.parameters())

@@ -28,6 +28,8 @@ class GatedDeltaNetConfig(MixerConfig):
         output_gate: the output of each head is multiplied by 2·sigmoid(W x), which starts at 1.
         output_norm: the output of each head passes an RMSNorm before its learned scale.
         negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that the state can be reflected, not only shrunk.
+        own_keys: query heads that share keys and values in the teacher get copies of their own, which are trained
+            apart; the state is as large as without, the tail of a convolution is not.
     """
 
     name = "gated_delta_net"
@@ -39,6 +41,7 @@ class GatedDeltaNetConfig(MixerConfig):
     output_gate: bool = True
     output_norm: bool = False
     negative_eigenvalues: bool = True
+    own_keys: bool = False
 
     def __post_init__(self) -> None:
         self.require(
@@ -57,8 +60,13 @@ class GatedDeltaNetConfig(MixerConfig):
         decay = geometry.hidden_size * heads + 2 * heads
         beta = geometry.hidden_size * heads + heads
         gate = geometry.hidden_size * heads * head_size if self.output_gate else 0
-        return decay + beta + heads * head_size + gate + self.short_convolution * self._convolved_width(geometry)
+        rest = heads * head_size + gate + self.short_convolution * self._convolved_width(geometry)
+        _, k_bias, v_bias, _ = geometry.projection_bias
+        key_rows = (self._key_heads(geometry) - geometry.num_key_heads) * head_size
+        return decay + beta + rest + key_rows * (2 * geometry.hidden_size + k_bias + v_bias)
 
-    @staticmethod
-    def _convolved_width(geometry: AttentionGeometry) -> int:
-        return (geometry.num_query_heads + 2 * geometry.num_key_heads) * geometry.head_size
+    def _key_heads(self, geometry: AttentionGeometry) -> int:
+        return geometry.num_query_heads if self.own_keys else geometry.num_key_heads
+
+    def _convolved_width(self, geometry: AttentionGeometry) -> int:
+        return (geometry.num_query_heads + 2 * self._key_heads(geometry)) * geometry.head_size

@@ -15,6 +15,7 @@ POSITION_BYTES = 4
 SCORE_BYTES = 4
 COUNT_BYTES = 4
 ScoreGradient = Literal["straight_through", "outside", "logit", "counterfactual", "soft", "none"]
+FutureTarget = Literal["logarithm", "probability"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class TokenEvictionConfig(MixerConfig):
             window the token has left. "logit": from these, of a gate on the weight in their softmax.
             "counterfactual": the same, and for tokens that are not retained what showing them would change. "soft": in
             training tokens are weakened instead of evicted, by gates that harden as the budget falls. "none": nothing.
-        score_noise: scale of Gumbel noise on the scorer's outputs in training, so that tokens near the edge of the
-            budget are tried out.
         future_attention: weight, in stages that train the whole model, of the loss by which scores are regressed on the
             student's own attention to tokens that have left the window; `align` learns from the teacher's alone.
+        future_target: of that attention, in `align` too, its mean "logarithm" or its mean "probability".
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
         budget_control: how many tokens get a positive score; whatever their number, only the best `budget_tokens` are
@@ -73,8 +73,8 @@ class TokenEvictionConfig(MixerConfig):
     scorer_bias_init: float = 0.5
     detach_scorer_input: bool = False
     score_gradient: ScoreGradient = "straight_through"
-    score_noise: float = 0.0
     future_attention: float = 0.0
+    future_target: FutureTarget = "logarithm"
     warmup_steps: int = 0
     freeze_steps: int = 0
     budget_control: Literal["l1", "threshold"] = "l1"
@@ -115,12 +115,12 @@ class TokenEvictionConfig(MixerConfig):
         )
         self.require(0 <= self.scorer_dropout < 1, "scorer_dropout", f"must be in 0..1, is {self.scorer_dropout}.")
         self.require(math.isfinite(self.scorer_bias_init), "scorer_bias_init", "must be finite.")
-        for key in ("score_noise", "future_attention"):
-            value = getattr(self, key)
-            self.require(0 <= value < math.inf, key, f"must be zero or positive, is {value}.")
+        weight = self.future_attention
+        self.require(0 <= weight < math.inf, "future_attention", f"must be zero or positive, is {weight}.")
         self._require_choice("scorer_sharing", ("head", "layer", "model"))
         self._require_choice("score", ("sigmoid", "relu"))
         self._require_choice("score_gradient", get_args(ScoreGradient))
+        self._require_choice("future_target", get_args(FutureTarget))
         self._require_choice("l1_sharing", ("head", "layer"))
         self.require(0 <= self.l1_margin < 0.5, "l1_margin", f"must be in 0..0.5, is {self.l1_margin}.")
         self.require(

@@ -23,6 +23,15 @@ def concrete_log_gates(logit: Tensor, temperature: float) -> Tensor:
     return functional.logsigmoid((logit + uniform.logit()) / temperature)
 
 
+def soft_budget_loss(logit: Tensor, budget: int) -> Tensor:
+    """By how much the expected share of retained tokens exceeds the budget's, the mean over heads; a scalar.
+
+    logit: [B, T, H]; a token is retained with probability sigmoid(x). budget: tokens of a text.
+    """
+    share = torch.sigmoid(logit.float()).mean((0, 1))
+    return functional.relu(share - min(budget / logit.shape[1], 1.0)).mean()
+
+
 def softly_retained_attention(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, *, window: int, sinks: int, scale: float
 ) -> Tensor:

@@ -1,15 +1,18 @@
 """Softmax attention over a window, sinks and retained tokens, with one meaning in training, prefill and decode."""
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..dispatch import Implementation, check_shape, choose, untraced
+from ..dispatch import Implementation, check_shape, choose, needs_grad, untraced
 from .eager import eviction_position as _eager_eviction_position
 from .eager import retained_attention as _eager
 from .reference import eviction_position as _reference_eviction_position
 from .reference import retained_attention as _reference
+from .score_gradient import GATES, Gate, ScoreGradient
+from .score_gradient import retained_attention as _gated_eager
 
 __all__ = ["eviction_position", "retained_attention"]
 
@@ -33,6 +36,7 @@ def retained_attention(
     scale: float | None = None,
     ordered_from: int | None = None,
     cu_seqlens: Tensor | None = None,
+    score_gradient: ScoreGradient = "straight_through",
     return_log_sum_exp: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -52,6 +56,7 @@ def retained_attention(
     scale: float | None = None,
     ordered_from: int | None = None,
     cu_seqlens: Tensor | None = None,
+    score_gradient: ScoreGradient = "straight_through",
     return_log_sum_exp: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -70,6 +75,7 @@ def retained_attention(
     scale: float | None = None,
     ordered_from: int | None = None,
     cu_seqlens: Tensor | None = None,
+    score_gradient: ScoreGradient = "straight_through",
     return_log_sum_exp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys it sees.
@@ -96,15 +102,19 @@ def retained_attention(
             the columns before it have left every query's window.
         cu_seqlens: `[N + 1]` int32 with B = 1 and S = T: bounds, from 0 to T, of documents packed side by side, which
             do not see each other. Positions count in each document and are not given.
+        score_gradient: of a score, that of a gate of value 1 on its key's value ("straight_through"), over all queries
+            that see the key: ⟨dv_j, v_j⟩ over the group's query heads. The others are of a gate that acts outside the
+            window only (see `gate_gradient`): "outside" on the value, "logit" on the softmax's weight, "counterfactual"
+            also on that of keys that are not retained, as if they were. They need as many keys as queries, in one
+            order.
         return_log_sum_exp: also return the logarithm of each softmax's denominator; it has a gradient.
 
     Returns:
         `[B, T, HQ, D]`; with return_log_sum_exp also fp32 (fp64 of fp64) `[B, T, HQ]`, −inf where nothing is seen.
-        The gradient of a score is that of a gate of value 1 on its key's value: ⟨dv_j, v_j⟩ over the group's query
-        heads (straight-through; none where the score is infinite).
+        An infinite score has no gradient, nor has a sink's, which stays whatever its score, unless "straight_through".
 
     Raises:
-        ValueError: a shape does not fit the others, or a count is out of range.
+        ValueError: a shape does not fit the others, a count is out of range, or a score cannot have this gradient.
     """
     op = "retained_attention"
     _check_counts(op, sinks, budget, window)
@@ -130,12 +140,15 @@ def retained_attention(
         raise ValueError(f"{op}: cu_seqlens needs one row of as many keys as queries, and no positions")
     if ordered_from is not None and not (key_positions is not None and 0 <= ordered_from <= keys - time):
         raise ValueError(f"{op}: ordered_from is {ordered_from}, expected positions and at most {keys - time}")
-    run = {"reference": _reference, "eager": _eager, "triton": _triton}[
-        _choose(
-            q, k, v, retention_score, query_positions, key_positions, ordered_from=ordered_from, cu_seqlens=cu_seqlens
-        )
-    ]
-    return run(  # type: ignore[no-any-return, operator]
+    whole = time == keys and key_positions is query_positions and ordered_from is None
+    gate = _gate_of(op, score_gradient, retention_score, whole=whole)
+    form = _choose(
+        q, k, v, retention_score, query_positions, key_positions, ordered_from=ordered_from, cu_seqlens=cu_seqlens
+    )
+    run: Any = {"reference": _reference, "eager": _eager, "triton": _triton}[form]
+    if gate is not None:
+        run = partial(_gated_eager if form == "eager" else run, gate=gate)
+    return run(  # type: ignore[no-any-return]
         q,
         k,
         v,
@@ -150,6 +163,21 @@ def retained_attention(
         cu_seqlens=cu_seqlens,
         return_log_sum_exp=return_log_sum_exp,
     )
+
+
+def _gate_of(op: str, score_gradient: str, score: Tensor | None, *, whole: bool) -> Gate | None:
+    """None where no score needs a gradient, or the straight-through one is asked for."""
+    if score_gradient not in GATES:
+        raise ValueError(f"{op}: score_gradient is {score_gradient!r}, expected one of {', '.join(GATES)}")
+    gate = GATES[score_gradient]
+    if gate is None or not needs_grad(score):
+        return None
+    if not whole:
+        raise ValueError(
+            f"{op}: score_gradient {score_gradient!r} needs whole texts, as many keys as queries in one order; beside "
+            "the keys of a cache it can only be 'straight_through'"
+        )
+    return gate
 
 
 def _choose(

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..gate_gradient.kernel import gate_gradient_in_order
 from .backward import attend_backward
 from .forward import attend
 from .layout import Geometry, Vectors, document_vectors, padding_vectors
 from .lists import RetainedLists, retained_lists
 from .plan import Plan, PlanKey, plan_of, tiles_override
+from .score_gradient import Gate
 
 
 def retained_attention(
@@ -30,6 +32,7 @@ def retained_attention(
     ordered_from: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_log_sum_exp: bool = False,
+    gate: Gate | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `hybridize_kernels.retained_attention`."""
     call = call_of(
@@ -42,13 +45,18 @@ def retained_attention(
         scale=scale,
         ordered_from=ordered_from,
         cu_seqlens=cu_seqlens,
-    )
+    )._replace(gate=gate)
     output, log_sum_exp = _RetainedAttention.apply(q, k, v, retention_score, call)
     return (output, log_sum_exp) if return_log_sum_exp else output
 
 
 class Call(NamedTuple):
-    """What autograd does not see; slots: the positions of keys of which some come from a cache."""
+    """What autograd does not see.
+
+    Attributes:
+        slots: the positions of keys of which some come from a cache.
+        gate: whose gradient the score gets, None: that of one on the value.
+    """
 
     window: int
     sinks: int
@@ -58,6 +66,7 @@ class Call(NamedTuple):
     vectors: Vectors
     order: Tensor | None
     slots: Tensor | None
+    gate: Gate | None = None
 
 
 def call_of(
@@ -165,11 +174,41 @@ class _RetainedAttention(torch.autograd.Function):
                 score = None
             elif order is not None:
                 score = _take(score, order)
-        gradients: tuple[Tensor | None, ...] = gradients_of(attended, score, d_output, d_log_sum_exp)
+        gate = ctx.work.call.gate
+        straight = score if gate is None else None
+        gradients: tuple[Tensor | None, ...] = gradients_of(attended, straight, d_output, d_log_sum_exp)
+        if gate is not None and score is not None:
+            gradients = (*gradients[:3], _gradient_of_gate(attended, score, gate, d_output, d_log_sum_exp))
         if order is not None:
             back = order.argsort(dim=1)
             gradients = tuple(None if x is None else _take(x, back) for x in gradients)
         return *gradients, None
+
+
+def _gradient_of_gate(
+    attended: Attended, score: Tensor, gate: Gate, d_output: Tensor, d_log_sum_exp: Tensor | None
+) -> Tensor:
+    """The score's, `[B, S, H]`, in the kernels' order: 0 of infinite ones, and of sinks, which stay whatever it is."""
+    q, k, v, output, log_sum_exp, (call, _, lists) = attended
+    batch, keys, heads = score.shape
+    delta = (d_output.float() * output).sum(-1)
+    gradient = gate_gradient_in_order(
+        q,
+        k,
+        v,
+        d_output,
+        log_sum_exp,
+        delta if d_log_sum_exp is None else delta - d_log_sum_exp,
+        score.new_zeros(batch, heads, keys, dtype=torch.int32) if lists is None else lists.exit,
+        call.vectors.key_end,
+        window=call.window,
+        hidden=gate.hidden,
+        on=gate.on,
+        scale=call.scale,
+    )
+    start, column = call.vectors.key_start, torch.arange(keys, device=score.device)
+    stays = (column if start is None else column - start) < call.sinks
+    return torch.where(score.isfinite() & ~stays[..., None], gradient, 0.0).to(score.dtype)
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, sinks: int, call: Call) -> Plan:

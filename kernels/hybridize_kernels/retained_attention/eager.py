@@ -30,6 +30,7 @@ def retained_attention(
     scale: float | None = None,
     ordered_from: int | None = None,
     cu_seqlens: Tensor | None = None,
+    score_gradient: str = "straight_through",
     return_log_sum_exp: bool = False,
 ) -> Any:
     """Softmax attention over the last `window` tokens, the sinks and the retained tokens of each key head.
@@ -40,7 +41,10 @@ def retained_attention(
     i's window). The score's gradient is that of a gate of value 1 on v. Without positions the queries are the last T of
     S keys in order; cu_seqlens `[N + 1]` bounds documents, of one row, that do not see each other; ordered_from is a
     hint that this form does not need. With return_log_sum_exp also the log-sum-exp `[B, T, HQ]` of each softmax.
+    Another score_gradient is the package's own, and refused where one is needed.
     """
+    if score_gradient != "straight_through" and retention_score is not None and retention_score.requires_grad:
+        raise ValueError(f"score_gradient {score_gradient!r} needs the package hybridize_kernels")
     options = {"window": window, "sinks": sinks, "budget": budget, "scale": scale}
     if cu_seqlens is not None:
         results = [

@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .score_gradient import Gate
+
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -23,8 +25,12 @@ def retained_attention(
     ordered_from: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_log_sum_exp: bool = False,
+    gate: Gate | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `hybridize_kernels.retained_attention`; the mask below is what the other forms must equal."""
+    """See `hybridize_kernels.retained_attention`; the mask below is what the other forms must equal.
+
+    gate: where a gate of value 1 stands whose gradient is that of the score; None: on the value, in the window too.
+    """
     if cu_seqlens is not None:
         # What documents that do not see each other are: one call each.
         results = [
@@ -40,6 +46,7 @@ def retained_attention(
                 key_positions=None if key_positions is None else key_positions[:, start:stop],
                 scale=scale,
                 return_log_sum_exp=True,
+                gate=gate,
             )
             for start, stop in pairwise(cu_seqlens.tolist())
         ]
@@ -56,27 +63,43 @@ def retained_attention(
     visible = visible_keys(retention_score, query_positions, positions, window=window, sinks=sinks, budget=budget)
     visible = visible.repeat_interleave(group, dim=1)  # [B, HQ, T, S]
 
-    value = v.to(dtype)
-    if retention_score is not None:
-        # A gate of value 1 whose gradient is that of the score.
-        finite = retention_score.isfinite()
-        opened = torch.where(finite, retention_score - retention_score.detach(), 0.0)
-        value = value * (1 + opened.to(dtype))[..., None]
-    k, value = k.repeat_interleave(group, dim=2).to(dtype), value.repeat_interleave(group, dim=2)
+    opened = _opened(retention_score, positions, 0 if gate is None else sinks).to(dtype)
+    opened = opened.transpose(1, 2).repeat_interleave(group, dim=1)[:, :, None]  # [B, HQ, 1, S]
+    if gate is not None:
+        left = query_positions[:, :, None] - positions[..., 0][:, None, :] >= window
+        far = (left & (positions[..., 0] >= 0)[:, None, :])[:, None] & (query_positions >= 0)[:, None, :, None]
+        opened = opened * far
+    k, v = (x.repeat_interleave(group, dim=2).to(dtype) for x in (k, v))
     logits = scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k)
+    if gate is not None and gate.on == "logit":
+        logits = logits + opened  # the logarithm of a gate of value 1
     # Every row needs one finite logit for the softmax; a row without visible keys is zeroed after it.
     some = visible.any(-1, keepdim=True)
     weights = logits.masked_fill(~visible & some, float("-inf")).softmax(-1) if k.shape[1] else logits
     weights = torch.where(visible, weights, 0.0)
-    output = torch.einsum("bhts,bshd->bthd", weights, value).to(q.dtype)
-    if not return_log_sum_exp:
-        return output
+    through = weights if gate is not None and gate.on == "logit" else weights * (1 + opened)
+    output = torch.einsum("bhts,bshd->bthd", through, v)
     # Of a row without visible keys: -inf, and no gradient.
     some = some.squeeze(-1)
     finite = logits.masked_fill(~visible & some[..., None], float("-inf"))
     log_sum_exp = finite.logsumexp(-1) if k.shape[1] else logits.sum(-1)
     log_sum_exp = torch.where(some, log_sum_exp, float("-inf"))
-    return output, log_sum_exp.transpose(1, 2)
+    if gate is not None and gate.hidden:
+        # Keys of weight 0 whose gate is that of their weight, were they shown.
+        would_be = torch.where(visible, 0.0, (logits - log_sum_exp[..., None]).sigmoid()).detach() * opened
+        output = output + torch.einsum("bhts,bshd->bthd", would_be, v.detach())
+        output = output - would_be.sum(-1).transpose(1, 2)[..., None] * output.detach()
+        log_sum_exp = log_sum_exp + would_be.sum(-1)
+    output = output.to(q.dtype)
+    return (output, log_sum_exp.transpose(1, 2)) if return_log_sum_exp else output
+
+
+def _opened(score: Tensor | None, positions: Tensor, sinks: int) -> Tensor:
+    """Zeros `[B, S, H]` whose gradient is that of the score, where it is finite and the key is no sink."""
+    if score is None:
+        return torch.zeros(positions.shape, device=positions.device)
+    free = score.isfinite() & (positions >= sinks)
+    return torch.where(free, score - score.detach(), 0.0)
 
 
 def visible_keys(

@@ -1,0 +1,117 @@
+"""Groups documents that are the same but for case, white space and small changes.
+
+Two documents are near duplicates when their resemblance (`hybridize.corpus.shingles`) is at least `NEAR`; a group are
+the documents that a chain of such pairs joins. Pairs worth a look are found by MinHash (Broder 1997): the smallest
+hash of two sets is the same with a probability that is their resemblance r. Of 128 such hashes, bands of 4 are
+compared, so that a pair is looked at with probability 1 - (1 - r⁴)³² (above 1 - 10⁻⁷ from r = 0.8 on), and what was
+found is checked with the whole sets. The sets stay in memory, 8 bytes a word.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridize.corpus.shingles import Shingler, Shingles, mixed, normalised, resemblance
+from hybridize.progress import SILENT, Reporter
+
+NEAR = 0.8
+NUM_BANDS = 32
+BAND_HASHES = 4
+_BLOCK = 4096
+"""Shingles that are hashed at a time: what fits a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Kin:
+    """What a document is to the ones before it.
+
+    Attributes:
+        group: number of the first document of its group; its own when nothing before it is like it.
+        exact: an earlier document has the same normalised text.
+    """
+
+    group: int
+    exact: bool = False
+
+
+def find_duplicates(texts: Sequence[str], reporter: Reporter = SILENT) -> list[Kin]:
+    """What each text is to the earlier ones."""
+    first: dict[str, int] = {}
+    same = []
+    for number, text in enumerate(texts):
+        same.append(first.setdefault(normalised(text), number))
+    distinct = list(first.values())
+    groups = _near_groups(list(first), reporter)
+    group_of = {number: distinct[group] for number, group in zip(distinct, groups, strict=True)}
+    return [Kin(group_of[earliest], earliest != number) for number, earliest in enumerate(same)]
+
+
+def _near_groups(normal: Sequence[str], reporter: Reporter) -> list[int]:
+    shingler = Shingler()
+    shingles: list[Shingles] = []
+    signatures = np.empty((len(normal), NUM_BANDS * BAND_HASHES), np.uint64)
+    with reporter.task("looking for duplicates", len(normal)) as task:
+        for number, text in enumerate(normal):
+            shingles.append(shingler(text))
+            signatures[number] = signature(shingles[-1])
+            task.advance()
+    groups = _Groups(len(normal))
+    for a, b in _candidates(signatures):
+        if groups.first(a) != groups.first(b) and _are_near(shingles[a], shingles[b]):
+            groups.join(a, b)
+    return [groups.first(number) for number in range(len(normal))]
+
+
+def signature(shingles: Shingles) -> NDArray[np.uint64]:
+    """[NUM_BANDS · BAND_HASHES] smallest value of each hash function over the set."""
+    random = np.random.Generator(np.random.PCG64(1997))
+    factors, terms = random.integers(2**64, size=(2, NUM_BANDS * BAND_HASHES, 1), dtype=np.uint64)
+    factors |= np.uint64(1)  # odd, so that the multiplication is a permutation
+    smallest = np.full(len(factors), 2**64 - 1, np.uint64)
+    for start in range(0, len(shingles), _BLOCK):
+        hashed = factors * shingles[None, start : start + _BLOCK] + terms
+        np.minimum(smallest, hashed.min(axis=1), out=smallest)
+    return smallest
+
+
+def _candidates(signatures: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """Pairs (earlier, later) that agree in a whole band, each once."""
+    seen: set[tuple[int, int]] = set()
+    for band in np.split(signatures, NUM_BANDS, axis=1):
+        key = np.zeros(len(band), np.uint64)
+        for column in band.T:
+            key = mixed(key + column)
+        order = np.argsort(key, kind="stable")
+        edges = np.flatnonzero(np.diff(key[order])) + 1
+        for run in np.split(order, edges):
+            if len(run) > 1:
+                pairs = [pair for pair in itertools.combinations(run.tolist(), 2) if pair not in seen]
+                seen.update(pairs)
+                yield from pairs
+
+
+def _are_near(a: Shingles, b: Shingles) -> bool:
+    # No more than all of the smaller set can be in both.
+    return min(len(a), len(b)) >= NEAR * max(len(a), len(b)) and resemblance(a, b) >= NEAR
+
+
+class _Groups:
+    """Disjoint sets of numbers, each known by its smallest."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def first(self, number: int) -> int:
+        while self._above[number] != number:
+            self._above[number] = self._above[self._above[number]]
+            number = self._above[number]
+        return number
+
+    def join(self, a: int, b: int) -> None:
+        a, b = sorted((self.first(a), self.first(b)))
+        self._above[b] = a

@@ -1,0 +1,1 @@
+"""Texts that a model writes by itself: many rows at once, one token a step."""

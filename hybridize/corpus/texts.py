@@ -1,0 +1,155 @@
+"""A corpus of text that is there: gathered, mixed and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridize.corpus.folder import HELD_OUT, TRAIN, CorpusFile, Record, corpus_folder, write_corpus
+from hybridize.corpus.gather import Entry, Gathered, gather
+from hybridize.corpus.ingredients import FACTS, CorpusOptions
+from hybridize.corpus.lengths import Measure, quantiles
+from hybridize.corpus.mixture import draw, wanted_tokens
+from hybridize.errors import UsageError
+from hybridize.progress import SILENT, Reporter
+
+_SHORT_OF = 0.99
+"""A source that gives less than this share of what was wanted of it is told."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What the mixture takes of one source."""
+
+    gathered: Gathered
+    wanted: float
+    entries: Sequence[Entry]
+
+    @property
+    def length(self) -> int:
+        """All that is taken, in the measure's unit."""
+        return sum(entry.length for entry in self.entries)
+
+
+def text_corpus(
+    options: CorpusOptions,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    base: Path = Path(),
+    offline: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """Makes a corpus of text and writes its folder.
+
+    Args:
+        tokenizer: measures the documents; None: by characters.
+        base: folder that relative paths start from.
+
+    Returns:
+        What corpus.json says.
+
+    Raises:
+        UsageError: the options ask for what cannot be, or the folder is not empty.
+        RecipeError, CheckpointError: a source cannot be read.
+    """
+    if tokenizer is None and (options.tokens is not None or options.facts):
+        raise UsageError("tokens can only be counted by a tokenizer.", where="--tokens", hint="Give --model MODEL.")
+    measure = Measure(tokenizer)
+    with corpus_folder(out, overwrite=overwrite) as folder:
+        gathered = gather(options, measure, base, offline=offline, reporter=reporter)
+        if not any(source.train for source in gathered):
+            hint = "Give more text, or lower --min-tokens or --held-out-share."
+            raise UsageError("no document is left to train on.", where="--text", hint=hint)
+        mixed = _mix(options, [source for source in gathered if not source.held_out_source])
+        files = [CorpusFile(TRAIN, part.gathered.name, _records(part.gathered, part.entries)) for part in mixed]
+        if options.facts:
+            files.append(CorpusFile(TRAIN, FACTS, _facts(options, mixed, tokenizer, reporter)))
+        files += [CorpusFile(HELD_OUT, source.name, _records(source, source.held_out)) for source in gathered]
+        return write_corpus(folder, files, _about(options, gathered, mixed, measure.unit), unit=measure.unit)
+
+
+def _mix(options: CorpusOptions, sources: Sequence[Gathered]) -> list[Mixed]:
+    sizes = [sum(entry.length for entry in source.train) for source in sources]
+    weights = [ingredient.weight for ingredient in options.train]
+    total = None if options.tokens is None else options.tokens * (1 - options.facts)
+    wanted = wanted_tokens(sizes, weights, total=total, max_repeats=options.max_repeats)
+    mixed = []
+    for source, tokens in zip(sources, wanted, strict=True):
+        lengths = [entry.length for entry in source.train]
+        seed = f"{options.seed}:{source.name}"
+        numbers = draw(lengths, tokens, max_repeats=options.max_repeats, seed=seed)
+        mixed.append(Mixed(source, tokens, [source.train[number] for number in numbers]))
+    return mixed
+
+
+def _records(source: Gathered, entries: Sequence[Entry]) -> list[Record]:
+    return [Record(entry.document.text, entry.document.id, source.name, entry.length) for entry in entries]
+
+
+def _facts(options: CorpusOptions, mixed: Sequence[Mixed], tokenizer: Any, reporter: Reporter) -> list[Record]:
+    from hybridize.corpus.facts import make_facts
+
+    filler = [entry.document.text for part in mixed for entry in part.entries]
+    text_tokens = sum(part.length for part in mixed)
+    wanted = round(text_tokens * options.facts / (1 - options.facts))
+    made = make_facts(filler, tokenizer, tokens=wanted, document_tokens=options.sequence_tokens, seed=options.seed)
+    measure = Measure(tokenizer)
+    records = []
+    with reporter.task("writing facts", wanted) as task:
+        for number, text in enumerate(made):
+            (length,) = measure.lengths([text])
+            records.append(Record(text, f"{FACTS}#{number}", FACTS, length))
+            task.advance(length)
+    return records
+
+
+def _about(options: CorpusOptions, gathered: Sequence[Gathered], mixed: Sequence[Mixed], unit: str) -> dict[str, Any]:
+    weights = {ingredient.name: str(ingredient.weight) for ingredient in options.train}
+    taken = {part.gathered.name: part for part in mixed}
+    return {
+        "seed": options.seed,
+        "made_of": "Documents that are there twice, or nearly so, are left out, and none is on both sides.",
+        "options": options.to_json(),
+        "sources": [
+            _about_source(source, unit, weights.get(source.name), taken.get(source.name)) for source in gathered
+        ],
+        "notes": _notes(mixed, unit),
+    }
+
+
+def _about_source(source: Gathered, unit: str, weight: str | None, mixed: Mixed | None) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "name": source.name,
+        "path": source.source.path,
+        "weight": weight,
+        "held_out_source": source.held_out_source,
+        "documents": source.read,
+        "exact_duplicates": source.exact_duplicates,
+        "near_duplicates": source.near_duplicates,
+        "like_held_out": source.like_held_out,
+        "short": source.short,
+        "held_out": {"documents": len(source.held_out), unit: sum(entry.length for entry in source.held_out)},
+        "usable": {"documents": len(source.train), unit: sum(entry.length for entry in source.train)},
+        "lengths": quantiles([entry.length for entry in (*source.train, *source.held_out)]),
+    }
+    if mixed is not None:
+        about["train"] = {"documents": len(mixed.entries), unit: mixed.length, "wanted": round(mixed.wanted)}
+    return about
+
+
+def _notes(mixed: Sequence[Mixed], unit: str) -> list[str]:
+    notes = []
+    for part in mixed:
+        longest = max((entry.length for entry in part.entries), default=0)
+        if not part.entries:
+            notes.append(f"{part.gathered.name}: no document is left to train on.")
+        elif part.length < part.wanted * _SHORT_OF and part.wanted - part.length > longest:
+            notes.append(
+                f"{part.gathered.name} has {part.length:,} {unit} where the mixture wants {part.wanted:,.0f}; "
+                "more text, or a higher --max-repeats, fills the gap."
+            )
+    return notes
