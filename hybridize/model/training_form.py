@@ -31,12 +31,13 @@ _ADAPTER = "default"
 def enter(model: Any) -> None:
     """Puts every decoder layer of a causal language model, adapters included, into the training form."""
     adapter = family(model.config.model_type)
-    for layer in adapter.layers(model.model):
+    windows = adapter.geometry(model.config.to_dict()).windows
+    for layer, window in zip(adapter.layers(model.model), windows, strict=True):
         attention = adapter.attention(layer)
         if isinstance(attention, Mixer):
             attention.project = project  # type: ignore[method-assign]
         else:
-            setattr(attention, _FORWARD, partial(_attention, attention, adapter))
+            setattr(attention, _FORWARD, partial(_attention, attention, adapter, window))
         setattr(layer, _FORWARD, partial(_layer, layer, attention))
     for module in model.model.modules():
         if hasattr(module, "variance_epsilon"):  # transformers' RMSNorms, the last one and those of queries and keys
@@ -111,12 +112,13 @@ def _norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, return_sum: b
 def _attention(
     attention: Any,
     adapter: FamilyAdapter,
+    window: int | None,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Full attention as transformers has it."""
+    """The teacher's own attention as transformers has it, over its window if it has one."""
     if _has_cache(kwargs):
         whole = {"hidden_states": hidden_states, "attention_mask": attention_mask, **kwargs}
         return type(attention).forward(attention, position_embeddings=position_embeddings, **whole)  # type: ignore[no-any-return]
@@ -133,7 +135,7 @@ def _attention(
         attention_mask,
         dropout=0.0 if not attention.training else attention.attention_dropout,
         scaling=attention.scaling,
-        **{"sliding_window": getattr(attention, "sliding_window", None), **kwargs},
+        **{"sliding_window": window, **kwargs},
     )
     return project(out.reshape(*hidden_states.shape[:-1], -1), (attention.o_proj,))[0], None
 

@@ -11,8 +11,8 @@ recipe, the settings that all have in common and those of each variant, as `--se
       noise: [mixers.T.score_noise=1]
 
 The teacher is loaded and questioned once; a variant starts from it as `hybridize convert` does, is trained as
-`hybridize distill` does, and is measured without being written: adapters merged, weights in bfloat16 on a GPU. Variants that
-ROWS.jsonl already holds are left out.
+`hybridize distill` does, and is measured: adapters merged, weights in bfloat16 on a GPU. Variants that ROWS.jsonl
+already holds are left out.
 """
 
 from __future__ import annotations

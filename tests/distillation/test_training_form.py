@@ -137,3 +137,22 @@ def test_a_cache_is_left_to_transformers() -> None:
         first = wrapped.model(input_ids=tokens[:, :8], use_cache=True)
         second = wrapped.model(input_ids=tokens[:, 8:], past_key_values=first.past_key_values, use_cache=True)
     torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    ],
+)
+def test_a_teachers_own_windows_stay(family: str, windows: dict[str, Any]) -> None:
+    teacher, tokens = tiny_teacher(family, **windows), tiny_tokens(2, 30)
+    with torch.no_grad():
+        expected = teacher(input_ids=tokens).logits
+        use_packed_attention(teacher)
+        training_form.enter(teacher)
+        found = teacher(input_ids=tokens).logits
+        unwindowed = tiny_teacher(family)(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (unwindowed - expected).abs().max() > 0.1

@@ -16,7 +16,8 @@ from hybridize.errors import RecipeError
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import MixerState, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
-from hybridize.mixers.token_eviction import TokenEviction, _on_grid
+from hybridize.mixers.parts.retention_mixer import on_grid
+from hybridize.mixers.token_eviction import TokenEviction
 from tests.mixers.one_layer import LAYER, OneLayer
 
 WINDOW, BUDGET, SINKS, MARGIN = 8, 6, 2, 6
@@ -139,7 +140,7 @@ def test_state_holds_what_a_streamed_cache_shows(seed: int, window_extra: int, s
     torch.manual_seed(seed)
     layer = eviction(window_tokens=window, sink_tokens=sinks, budget_tokens=budget)
     x, cache = layer.hidden_states(1, 45), DynamicCache()
-    scores = _on_grid(layer.mixer._score(logits(layer, x)))[0]
+    scores = on_grid(layer.mixer._score(logits(layer, x)))[0]
     seen = 0
     for piece in x.split([5, 1, 14] + [1] * 20 + [3, 2], dim=1):
         layer(piece, cache)
