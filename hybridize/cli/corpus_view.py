@@ -18,11 +18,6 @@ def corpus_parts(values: Mapping[str, Any]) -> list[RenderableType]:
     rows = [_row(source, unit) for source in values["sources"]]
     sums = [sum(part[column] for part in rows) for column in range(len(head) - 1)]
     named = [[source["name"], *map(count_text, row)] for source, row in zip(values["sources"], rows, strict=True)]
-    facts = values["files"].get("train/facts.jsonl")
-    if facts is not None:
-        named.append(["facts", *["-"] * 5, count_text(facts["documents"]), count_text(facts[unit])])
-        sums[5] += facts["documents"]
-        sums[6] += facts[unit]
     return list(table_lines([head, *named, ["all", *map(count_text, sums)]], left=1))
 
 
@@ -30,7 +25,7 @@ def _row(source: Mapping[str, Any], unit: str) -> list[int]:
     left_out = [source.get(name, 0) for name in ("exact_duplicates", "near_duplicates", "like_held_out", "short")]
     train, held_out = source.get("train", {}), source.get("held_out", {})
     return [
-        source["documents"],
+        source.get("documents", 0),
         *left_out,
         train.get("documents", 0),
         train.get(unit, 0),

@@ -36,7 +36,7 @@ def card(summary: Mapping[str, Any]) -> str:
         "",
         "## Use",
         "",
-        "In a recipe beside this folder (here `corpus`); the weights make all files last equally long:",
+        "In a recipe beside this folder (here `corpus`); training files hold all sources, shuffled:",
         "",
         "```yaml",
         *recipe_lines(summary),
@@ -50,17 +50,8 @@ def card(summary: Mapping[str, Any]) -> str:
 def recipe_lines(summary: Mapping[str, Any], folder: str = "corpus") -> list[str]:
     """The `data` block of a recipe that trains on the corpus.
 
-    Each file is a source of its own: the files of one source would be read one after the other.
+    Every held-out file is a source of its own, which a report names.
     """
-    unit = summary["unit"]
-    files = summary["files"]
-    most = max((file[unit] for file in files.values()), default=1)
-    lines = ["data:"]
-    for key, part in (("train", "train/"), ("held_out", "held-out/")):
-        chosen = {path: file for path, file in files.items() if path.startswith(part)}
-        if chosen:
-            lines.append(f"  {key}:")
-        for path, file in chosen.items():
-            weight = f", weight: {max(file[unit] / most, 1e-4):.4f}" if key == "train" else ""
-            lines.append(f"    - {{path: {folder}/{path}{weight}}}")
-    return lines
+    lines = ["data:", f"  train: [{folder}/train/*.jsonl]"]
+    held_out = [path for path in summary["files"] if path.startswith("held-out/")]
+    return lines + (["  held_out:"] if held_out else []) + [f"    - {folder}/{path}" for path in held_out]

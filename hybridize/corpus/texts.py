@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from hybridize.corpus.mixture import draw, wanted_tokens
 from hybridize.errors import UsageError
 from hybridize.progress import SILENT, Reporter
 
+FILE_CHARACTERS = 2**26
+"""Of a training file, about: none is so large that it must be read whole to be looked at."""
+FACTS_JITTER = 0.75
+"""Documents for recall have a quarter of the longest length or more."""
 _SHORT_OF = 0.99
 """A source that gives less than this share of what was wanted of it is told."""
 
@@ -65,11 +70,26 @@ def text_corpus(
             hint = "Give more text, or lower --min-tokens or --held-out-share."
             raise UsageError("no document is left to train on.", where="--text", hint=hint)
         mixed = _mix(options, [source for source in gathered if not source.held_out_source])
-        files = [CorpusFile(TRAIN, part.gathered.name, _records(part.gathered, part.entries)) for part in mixed]
-        if options.facts:
-            files.append(CorpusFile(TRAIN, FACTS, _facts(options, mixed, tokenizer, reporter)))
+        records = [record for part in mixed for record in _records(part.gathered, part.entries)]
+        facts = _facts(options, mixed, tokenizer, reporter) if options.facts else []
+        files = _shuffled_files([*records, *facts], options.seed)
         files += [CorpusFile(HELD_OUT, source.name, _records(source, source.held_out)) for source in gathered]
-        return write_corpus(folder, files, _about(options, gathered, mixed, measure.unit), unit=measure.unit)
+        return write_corpus(folder, files, _about(options, gathered, mixed, facts, measure.unit), unit=measure.unit)
+
+
+def _shuffled_files(records: Sequence[Record], seed: int) -> list[CorpusFile]:
+    """The training files: documents of all sources in one drawn order, so that a reader meets the mixture anywhere."""
+    order = list(records)
+    random.Random(f"{seed}/order").shuffle(order)
+    parts: list[list[Record]] = [[]]
+    size = 0
+    for record in order:
+        if size >= FILE_CHARACTERS:
+            parts.append([])
+            size = 0
+        parts[-1].append(record)
+        size += len(record.text)
+    return [CorpusFile(TRAIN, f"{number:03d}", part) for number, part in enumerate(parts)]
 
 
 def _mix(options: CorpusOptions, sources: Sequence[Gathered]) -> list[Mixed]:
@@ -96,7 +116,14 @@ def _facts(options: CorpusOptions, mixed: Sequence[Mixed], tokenizer: Any, repor
     filler = [entry.document.text for part in mixed for entry in part.entries]
     text_tokens = sum(part.length for part in mixed)
     wanted = round(text_tokens * options.facts / (1 - options.facts))
-    made = make_facts(filler, tokenizer, tokens=wanted, document_tokens=options.sequence_tokens, seed=options.seed)
+    made = make_facts(
+        filler,
+        tokenizer,
+        tokens=wanted,
+        document_tokens=options.sequence_tokens,
+        seed=options.seed,
+        length_jitter=FACTS_JITTER,
+    )
     measure = Measure(tokenizer)
     records = []
     with reporter.task("writing facts", wanted) as task:
@@ -107,7 +134,9 @@ def _facts(options: CorpusOptions, mixed: Sequence[Mixed], tokenizer: Any, repor
     return records
 
 
-def _about(options: CorpusOptions, gathered: Sequence[Gathered], mixed: Sequence[Mixed], unit: str) -> dict[str, Any]:
+def _about(
+    options: CorpusOptions, gathered: Sequence[Gathered], mixed: Sequence[Mixed], facts: Sequence[Record], unit: str
+) -> dict[str, Any]:
     weights = {ingredient.name: str(ingredient.weight) for ingredient in options.train}
     taken = {part.gathered.name: part for part in mixed}
     return {
@@ -115,7 +144,8 @@ def _about(options: CorpusOptions, gathered: Sequence[Gathered], mixed: Sequence
         "made_of": "Documents that are there twice, or nearly so, are left out, and none is on both sides.",
         "options": options.to_json(),
         "sources": [
-            _about_source(source, unit, weights.get(source.name), taken.get(source.name)) for source in gathered
+            *(_about_source(source, unit, weights.get(source.name), taken.get(source.name)) for source in gathered),
+            *([_about_facts(facts, unit)] if facts else []),
         ],
         "notes": _notes(mixed, unit),
     }
@@ -139,6 +169,15 @@ def _about_source(source: Gathered, unit: str, weight: str | None, mixed: Mixed 
     if mixed is not None:
         about["train"] = {"documents": len(mixed.entries), unit: mixed.length, "wanted": round(mixed.wanted)}
     return about
+
+
+def _about_facts(facts: Sequence[Record], unit: str) -> dict[str, Any]:
+    lengths = [record.length for record in facts]
+    return {
+        "name": FACTS,
+        "lengths": quantiles(lengths),
+        "train": {"documents": len(facts), unit: sum(lengths)},
+    }
 
 
 def _notes(mixed: Sequence[Mixed], unit: str) -> list[str]:

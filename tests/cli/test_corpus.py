@@ -29,8 +29,8 @@ def test_from_text(invoke: Invoke, project: Path, texts: Path, tmp_path: Path) -
     result = invoke(*command, "--model", project / "teacher", "--tokens", "4k", "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert result.out.splitlines()[0].split()[:2] == ["source", "read"]
-    assert set(files(tmp_path / "out")) >= {"train/a.jsonl", "held-out/held.jsonl", "corpus.json", "README.md"}
-    rows = [json.loads(line) for line in (tmp_path / "out" / "train" / "a.jsonl").read_text().splitlines()]
+    assert set(files(tmp_path / "out")) >= {"train/000.jsonl", "held-out/held.jsonl", "corpus.json", "README.md"}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "train" / "000.jsonl").read_text().splitlines()]
     assert all(set(row) == {"text", "id", "source"} and row["source"] == "a" for row in rows)
     again = invoke(*command, "--model", project / "teacher", "--tokens", "4k", "--out", tmp_path / "again", "--json")
     values = again.json

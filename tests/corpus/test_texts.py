@@ -52,6 +52,11 @@ def documents(folder: Path, part: str) -> list[dict[str, str]]:
     return [row for path in sorted((folder / part).glob("*.jsonl")) for row in rows(path)]
 
 
+def trained(made: dict[str, Any], name: str) -> dict[str, int]:
+    """What corpus.json says of a source's training text."""
+    return next(source["train"] for source in made["sources"] if source["name"] == name)
+
+
 def random_texts(seed: int, count: int, words: int = 40) -> list[str]:
     generator = random.Random(seed)
     return [" ".join(generator.choices(WORDS, k=words)) for _ in range(count)]
@@ -107,13 +112,12 @@ def test_same_inputs_same_bytes(tmp_path: Path) -> None:
 
     first = made("one", 3)
     assert first == made("two", 3)
-    assert first["train/a.jsonl"] != made("three", 4)["train/a.jsonl"]
+    assert first["train/000.jsonl"] != made("three", 4)["train/000.jsonl"]
     assert set(first) == {
         "README.md",
         "corpus.json",
         "manifest.json",
-        "train/a.jsonl",
-        "train/b.jsonl",
+        "train/000.jsonl",
         "held-out/a.jsonl",
         "held-out/b.jsonl",
         "held-out/h.jsonl",
@@ -123,24 +127,19 @@ def test_same_inputs_same_bytes(tmp_path: Path) -> None:
 def test_weights_are_reached_within_half_a_document(tmp_path: Path) -> None:
     write(tmp_path, {"a": random_texts(0, 60, 40), "b": random_texts(1, 60, 25)})
     made = make(tmp_path, "out", "a.txt", "b.txt=20%", held_out_share=0.0, tokens=1000)
-    assert made["files"]["train/a.jsonl"]["tokens"] == 800
-    assert made["files"]["train/b.jsonl"]["tokens"] == 200
+    assert trained(made, "a")["tokens"] == 800
+    assert trained(made, "b")["tokens"] == 200
     assert made["notes"] == []
 
 
 def test_what_falls_short_is_told_and_repeats_fill_it(tmp_path: Path) -> None:
     write(tmp_path, {"a": random_texts(0, 60), "b": random_texts(1, 3)})
     short = make(tmp_path, "one", "a.txt", "b.txt=20%", held_out_share=0.0, tokens=1200)
-    assert short["files"]["train/b.jsonl"]["tokens"] == 120
+    assert trained(short, "b")["tokens"] == 120
     assert "b has 120 tokens where the mixture wants 240" in short["notes"][0]
     assert short["notes"][0] in (tmp_path / "one" / "README.md").read_text()
     filled = make(tmp_path, "two", "a.txt", "b.txt=20%", held_out_share=0.0, tokens=1200, max_repeats=2)
-    assert filled["files"]["train/b.jsonl"] | {"sha256": "", "size_bytes": 0} == {
-        "documents": 6,
-        "tokens": 240,
-        "sha256": "",
-        "size_bytes": 0,
-    }
+    assert trained(filled, "b") == {"documents": 6, "tokens": 240, "wanted": 240}
     assert filled["notes"] == []
 
 
@@ -158,7 +157,7 @@ def test_a_source_without_a_document_left_is_told(tmp_path: Path) -> None:
     write(tmp_path, {"a": texts, "h": texts, "b": random_texts(1, 3)})
     made = make(tmp_path, "out", "a.txt", "b.txt", held_out=("h.txt",), held_out_share=0.0)
     assert made["notes"] == ["a: no document is left to train on."]
-    assert not (tmp_path / "out" / "train" / "a.jsonl").exists()
+    assert {row["source"] for row in documents(tmp_path / "out", "train")} == {"b"}
     assert made["sources"][1]["like_held_out"] == 3
 
 
@@ -174,7 +173,7 @@ def test_without_a_tokenizer_characters_are_counted(tmp_path: Path) -> None:
     write(tmp_path, {"a": ["x" * 255, "y" * 256]})
     made = text_corpus(CorpusOptions((parse_ingredient("a.txt"),), held_out_share=0.0), tmp_path / "out", base=tmp_path)
     assert made["unit"] == "characters"
-    assert made["files"]["train/a.jsonl"]["characters"] == 256
+    assert made["files"]["train/000.jsonl"]["characters"] == trained(made, "a")["characters"] == 256
     assert made["sources"][0]["short"] == 1
 
 
@@ -223,7 +222,9 @@ def test_a_data_set_that_is_streamed_is_left_when_there_is_enough(
 def test_facts_are_their_share_of_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def make_facts(filler: list[str], tokenizer: Any, *, tokens: int, document_tokens: int, seed: int) -> Iterator[str]:
+    def make_facts(
+        filler: list[str], tokenizer: Any, *, tokens: int, document_tokens: int, seed: int, length_jitter: float
+    ) -> Iterator[str]:
         asked.append((sorted(filler), tokens, document_tokens, seed))
         yield from ["a fact " * 10] * (tokens // 20)
 
@@ -240,9 +241,11 @@ def test_facts_are_their_share_of_the_tokens(tmp_path: Path, monkeypatch: pytest
         sequence_tokens=700,
         seed=9,
     )
-    assert made["files"]["train/a.jsonl"]["tokens"] == 800
-    assert made["files"]["train/facts.jsonl"]["tokens"] == 200
-    trained_on = sorted(row["text"] for row in rows(tmp_path / "out" / "train" / "a.jsonl"))
+    assert trained(made, "a")["tokens"] == 800
+    assert trained(made, "facts")["tokens"] == 200
+    written = documents(tmp_path / "out", "train")
+    assert sum(row["source"] == "facts" for row in written) == 10
+    trained_on = sorted(row["text"] for row in written if row["source"] == "a")
     assert asked == [(trained_on, 200, 700, 9)]
 
 
@@ -257,7 +260,21 @@ def test_the_card_holds_a_recipes_lines_that_can_be_read(tmp_path: Path) -> None
     lines = recipe_lines(made)
     assert "\n".join(lines) in (tmp_path / "corpus" / "README.md").read_text()
     data = yaml.safe_load("\n".join(lines))["data"]
-    train = [TextSource(**source) for source in data["train"]]
-    assert [source.weight for source in train] == [1.0, 0.5]
-    assert [len(list(read_documents(source, tmp_path))) for source in train] == [50, 25]
-    assert data["held_out"] == [{"path": "corpus/held-out/h.jsonl"}]
+    (train,) = data["train"]
+    assert len(list(read_documents(TextSource(train), tmp_path))) == 75
+    assert data["held_out"] == ["corpus/held-out/h.jsonl"]
+
+
+def test_training_files_hold_the_mixture_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridize.corpus.texts.FILE_CHARACTERS", 4000)
+    sources = {"a": random_texts(0, 90), "b": random_texts(1, 30)}
+    write(tmp_path, sources)
+    made = make(tmp_path, "out", "a.txt", "b.txt", held_out_share=0.0)
+    files = [path for path in made["files"] if path.startswith("train/")]
+    assert files == sorted(files)
+    assert len(files) > 3
+    found = [rows(tmp_path / "out" / path) for path in files]
+    for part in found[:-1]:
+        assert sum(len(row["text"]) for row in part) >= 4000
+        assert {row["source"] for row in part} == {"a", "b"}
+    assert sorted(row["text"] for part in found for row in part) == sorted(sources["a"] + sources["b"])
