@@ -2,8 +2,8 @@
 
 `PYTHONPATH=kernels python kernels/benchmarks/conversions.py RUN... [--out recipes/results]` reads recipe.lock.json,
 results.json (suite `needles`, held-out texts: essays) and distill/metrics.jsonl of run folders that `hybridize run`
-made; it appends to conversions.jsonl and keeps each run's metrics, lock file and results beside it. A folder's name up to
-its first dot names the recipe: lte, lte.10M and lte.again are three runs of one.
+made; it appends to conversions.jsonl and keeps each run's metrics, lock file and results beside it. A folder's name up
+to its first dot names the recipe: lte, lte.10M and lte.again are three runs of one.
 """
 
 from __future__ import annotations
