@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import conversions, variants
+from benchmarks import conversions, row_wise_keys, variants
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -102,3 +102,19 @@ def test_a_run_has_one_row_and_its_files_are_kept(tmp_path: Path) -> None:
         "recipe.lock.json",
         "results.json",
     }
+
+
+def test_the_error_of_a_peer_is_made_on_purpose() -> None:
+    from hybridize.families import family_of_config
+    from hybridize.mixers.parts.own_keys import with_own_keys
+    from tests.tiny import tiny_teacher
+
+    model = tiny_teacher()
+    adapter, geometry = family_of_config(model.config.to_dict())
+    attention = adapter.attention(adapter.layers(model.model)[1])
+    view = adapter.view(attention, 1, geometry)
+    right, wrong = with_own_keys(view).k_proj.weight, row_wise_keys.scrambled(view).k_proj.weight
+    group, rows = geometry.num_query_heads // geometry.num_key_heads, geometry.head_size
+    assert right[:rows].equal(view.k_proj.weight[:rows])
+    assert right[rows : 2 * rows].equal(view.k_proj.weight[:rows])
+    assert wrong[:rows].equal(view.k_proj.weight[: rows // group].repeat_interleave(group, dim=0))
