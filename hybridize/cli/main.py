@@ -16,7 +16,7 @@ from hybridize.cli.several import leave, undisturbed_by_launcher
 
 SECTIONS = {
     "The whole way": ("run",),
-    "Step by step": ("corpus", "plan", "convert", "distill", "export", "eval", "report"),
+    "Step by step": ("corpus", "choose", "plan", "convert", "distill", "export", "eval", "report"),
     "Look at a model": ("generate", "inspect", "verify"),
     "Help": ("recipes", "env", "completion"),
 }
