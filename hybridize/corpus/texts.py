@@ -72,9 +72,14 @@ def text_corpus(
         mixed = _mix(options, [source for source in gathered if not source.held_out_source])
         records = [record for part in mixed for record in _records(part.gathered, part.entries)]
         facts = _facts(options, mixed, tokenizer, reporter) if options.facts else []
+        num_held_out = round(len(facts) * options.held_out_share)
+        held_out_facts, facts = facts[:num_held_out], facts[num_held_out:]
         files = _shuffled_files([*records, *facts], options.seed)
         files += [CorpusFile(HELD_OUT, source.name, _records(source, source.held_out)) for source in gathered]
-        return write_corpus(folder, files, _about(options, gathered, mixed, facts, measure.unit), unit=measure.unit)
+        files.append(CorpusFile(HELD_OUT, FACTS, held_out_facts))
+        return write_corpus(
+            folder, files, _about(options, gathered, mixed, (facts, held_out_facts), measure.unit), unit=measure.unit
+        )
 
 
 def _shuffled_files(records: Sequence[Record], seed: int) -> list[CorpusFile]:
@@ -115,7 +120,7 @@ def _facts(options: CorpusOptions, mixed: Sequence[Mixed], tokenizer: Any, repor
 
     filler = [entry.document.text for part in mixed for entry in part.entries]
     text_tokens = sum(part.length for part in mixed)
-    wanted = round(text_tokens * options.facts / (1 - options.facts))
+    wanted = round(text_tokens * options.facts / (1 - options.facts) / (1 - options.held_out_share))
     made = make_facts(
         filler,
         tokenizer,
@@ -135,7 +140,11 @@ def _facts(options: CorpusOptions, mixed: Sequence[Mixed], tokenizer: Any, repor
 
 
 def _about(
-    options: CorpusOptions, gathered: Sequence[Gathered], mixed: Sequence[Mixed], facts: Sequence[Record], unit: str
+    options: CorpusOptions,
+    gathered: Sequence[Gathered],
+    mixed: Sequence[Mixed],
+    facts: tuple[Sequence[Record], Sequence[Record]],
+    unit: str,
 ) -> dict[str, Any]:
     weights = {ingredient.name: str(ingredient.weight) for ingredient in options.train}
     taken = {part.gathered.name: part for part in mixed}
@@ -145,7 +154,7 @@ def _about(
         "options": options.to_json(),
         "sources": [
             *(_about_source(source, unit, weights.get(source.name), taken.get(source.name)) for source in gathered),
-            *([_about_facts(facts, unit)] if facts else []),
+            *([_about_facts(*facts, unit)] if any(facts) else []),
         ],
         "notes": _notes(mixed, unit),
     }
@@ -171,12 +180,15 @@ def _about_source(source: Gathered, unit: str, weight: str | None, mixed: Mixed 
     return about
 
 
-def _about_facts(facts: Sequence[Record], unit: str) -> dict[str, Any]:
-    lengths = [record.length for record in facts]
+def _about_facts(train: Sequence[Record], held_out: Sequence[Record], unit: str) -> dict[str, Any]:
+    sides = {"train": train, "held_out": held_out}
     return {
         "name": FACTS,
-        "lengths": quantiles(lengths),
-        "train": {"documents": len(facts), unit: sum(lengths)},
+        "lengths": quantiles([record.length for records in sides.values() for record in records]),
+        **{
+            side: {"documents": len(records), unit: sum(record.length for record in records)}
+            for side, records in sides.items()
+        },
     }
 
 

@@ -245,8 +245,9 @@ def test_facts_are_their_share_of_the_tokens(tmp_path: Path, monkeypatch: pytest
     assert trained(made, "facts")["tokens"] == 200
     written = documents(tmp_path / "out", "train")
     assert sum(row["source"] == "facts" for row in written) == 10
+    assert len(rows(tmp_path / "out" / "held-out" / "facts.jsonl")) == 1
     trained_on = sorted(row["text"] for row in written if row["source"] == "a")
-    assert asked == [(trained_on, 200, 700, 9)]
+    assert asked == [(trained_on, 222, 700, 9)]
 
 
 def test_the_card_holds_a_recipes_lines_that_can_be_read(tmp_path: Path) -> None:

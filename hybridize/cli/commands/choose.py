@@ -17,7 +17,7 @@ from hybridize.cli.options import dtype_option, read_recipe, recipe_argument
     name="choose",
     examples=(
         "hybridize choose recipe.yaml",
-        "hybridize choose recipe.yaml --count 8 --text corpus/train/facts.jsonl --out choice.json",
+        "hybridize choose recipe.yaml --count 8 --text corpus/held-out/facts.jsonl --out choice.json",
         "hybridize choose recipe.yaml --sequences 4 --sequence-tokens 512 --window 64   (quick, without a GPU)",
     ),
 )
