@@ -6,8 +6,9 @@ Loops are peeled: only tiles at the diagonal and at a text's bounds carry a mask
 import torch
 from torch import Tensor
 
+from ..dispatch import is_nvidia
 from ..launch import launch
-from ..retained_attention.layout import ceil_div, document_vectors, padding_vectors
+from ..retained_attention.layout import Vectors, ceil_div, document_vectors, padding_vectors
 from .sums import LOG2_E, sums_kernel
 from .tiles import padded_head, slice_for, tile_for
 
@@ -33,7 +34,7 @@ def gate_gradient(
     scale: float | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.gate_gradient`."""
-    end = order = None
+    order, vectors = None, Vectors()
     exit_row = exit_row.transpose(1, 2)  # [B, H, T]
     if positions is not None:
         # Padding first; the real tokens of a row keep their order.
@@ -42,18 +43,18 @@ def gate_gradient(
         q, k, v, output_gradient, log_sum_exp, delta = (_reorder(x, order) for x in inputs)
         exit_row = _reorder_exits(exit_row, order, positions >= 0)
         positions = positions.gather(1, order)
-        end = padding_vectors(positions, positions, 0).key_end
+        vectors = padding_vectors(positions, positions, 0)
     elif cu_seqlens is not None:
-        end = document_vectors(cu_seqlens, q.shape[1]).key_end
+        vectors = document_vectors(cu_seqlens, q.shape[1])
+    q, k, v, output_gradient = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, output_gradient))
     result = gate_gradient_in_order(
         q,
         k,
         v,
         output_gradient,
-        log_sum_exp,
-        delta,
-        exit_row,
-        end,
+        _rows(log_sum_exp, delta, k.shape[2]),
+        exit_row.to(torch.int32).contiguous(),
+        vectors,
         window=window,
         hidden=hidden,
         on=on,
@@ -67,66 +68,81 @@ def gate_gradient_in_order(
     k: Tensor,
     v: Tensor,
     output_gradient: Tensor,
-    log_sum_exp: Tensor,
-    delta: Tensor,
+    rows: Tensor,
     exit_row: Tensor,
-    end: Tensor | None,
+    vectors: Vectors,
     *,
     window: int,
     hidden: bool,
     on: str,
     scale: float | None = None,
+    score: Tensor | None = None,
+    sinks: int = 0,
 ) -> Tensor:
-    """The same where a row's padding stands before its real tokens.
+    """The same where a row's padding stands before its real tokens, and rows are as `query_gradient.py` leaves them.
 
     Args:
-        exit_row: int `[B, H, T]`. end: int `[B, T]`, one past the last row of each key's text, 0 of padding; None: T.
+        q, k, v, output_gradient: of any strides, with features side by side.
+        rows: fp32, contiguous, in the order `[2, B, H, T, G]`: log-sum-exps in base 2, +inf of what sees nothing, and
+            deltas.
+        exit_row: int32 `[B, H, T]`, contiguous. vectors: where the keys' texts begin and end.
+        score: `[B, T, H]`, whose gradient this is: in its dtype, 0 of infinite ones and of the first `sinks` positions.
+
+    Returns:
+        `[B, T, H]`, fp32 unless a score is given.
     """
     (batch, time, query_heads, head_size), heads = q.shape, k.shape[2]
-    group = query_heads // heads
+    dtype = torch.float32 if score is None else score.dtype
+    if batch * heads == 0 or window >= time:
+        return torch.zeros(batch, time, heads, dtype=dtype, device=q.device)
     tile = tile_for(head_size, q.dtype)
     key_tiles = ceil_div(time, tile.keys)
     # Few keys in all: parts of the queries side by side, their results joined below in a fixed order.
-    splits = min(MAX_SPLITS, ceil_div(MIN_PROGRAMS, max(1, key_tiles * batch * heads)), max(1, time // MIN_QUERIES))
-    split_rows = ceil_div(ceil_div(time * group, tile.rows), splits) * tile.rows
-    result = torch.empty(splits, batch, time, heads, dtype=torch.float32, device=q.device)
-    if result.numel() == 0:
-        return result[0]
-    if end is None:
-        end = torch.full((batch, time), time, dtype=torch.int32, device=q.device)
-    log_sum_exp, delta = _by_key_head(log_sum_exp, heads) * LOG2_E.value, _by_key_head(delta, heads)
-    # A row that sees nothing has no part in any sum, whatever is asked of it: its weights are 0.
-    blind = log_sum_exp == -torch.inf
+    splits = min(MAX_SPLITS, ceil_div(MIN_PROGRAMS, key_tiles * batch * heads), max(1, time // MIN_QUERIES))
+    split_queries = ceil_div(ceil_div(time, tile.rows), splits) * tile.rows
+    shape = (splits, batch, time, heads)
+    result = torch.empty(shape, dtype=dtype if splits == 1 else torch.float32, device=q.device)
+    strides = [stride for x in (q, k, v, output_gradient) for stride in x.stride()[:3]]
     launch(
         sums_kernel,
         (key_tiles, splits, batch * heads),
         (
-            *(x.contiguous() for x in (q, k, v, output_gradient)),
-            log_sum_exp.masked_fill(blind, torch.inf),
-            delta.masked_fill(blind, 0.0),
-            exit_row.to(torch.int32).contiguous(),
-            end.to(torch.int32).contiguous(),
+            *(q, k, v, output_gradient, rows, exit_row),
+            # What is not there is not read.
+            *(rows if x is None else x for x in (vectors.key_start, vectors.key_end, score)),
             result,
         ),
-        (head_size**-0.5 if scale is None else float(scale), min(window, time), time, heads, split_rows),
+        (
+            *strides,
+            *((0, 0, 0) if score is None else score.stride()),
+            head_size**-0.5 if scale is None else float(scale),
+            *(window, time, heads, sinks, split_queries),
+        ),
         D=head_size,
-        G=group,
+        G=query_heads // heads,
         BLOCK_D=padded_head(head_size),
         SLICE=slice_for(head_size, q.dtype),
         ROWS=tile.rows,
         KEYS=tile.keys,
         HIDDEN=hidden,
         ON_LOGIT=on == "logit",
+        BOUNDED=vectors.key_end is not None,
+        SCORED=score is not None,
+        # It is PTX, which no interpreter and no other vendor's compiler takes.
+        PAIRED=q.is_cuda and is_nvidia(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return result[0] if splits == 1 else result.sum(0)
+    return result[0] if splits == 1 else result.sum(0).to(dtype)
 
 
-def _by_key_head(x: Tensor, heads: int) -> Tensor:
-    """`[B, T, HQ]` -> fp32 `[B, H, T, G]`, the order of the rows of a tile."""
-    batch, time, query_heads = x.shape
-    return x.float().reshape(batch, time, heads, query_heads // heads).transpose(1, 2).contiguous()
+def _rows(log_sum_exp: Tensor, delta: Tensor, heads: int) -> Tensor:
+    """Both `[B, T, HQ]` -> fp32 `[2, B, H, T, G]`, the log-sum-exp in base 2."""
+    # A row that sees nothing has no part in any sum, whatever is asked of it: its weights are 0.
+    blind = log_sum_exp == -torch.inf
+    rows = torch.stack([(log_sum_exp * LOG2_E.value).masked_fill(blind, torch.inf), delta.masked_fill(blind, 0.0)])
+    _, batch, time, query_heads = rows.shape
+    return rows.float().view(2, batch, time, heads, query_heads // heads).transpose(2, 3).contiguous()
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

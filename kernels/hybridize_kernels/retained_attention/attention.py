@@ -135,13 +135,19 @@ def gradients_of(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and that of the score, if one is given, all in the kernels' order, as what is given."""
     q, k, v, output, log_sum_exp, (call, plan, lists) = attended
+    straight = score if call.gate is None else None
     backward = plan.backward(
         d_output.stride()[:3],
-        None if score is None else score.stride(),
-        None if score is None else score.dtype,
+        None if straight is None else straight.stride(),
+        None if straight is None else straight.dtype,
         d_log_sum_exp is not None,
     )
-    return attend_backward(backward, q, k, v, score, output, log_sum_exp, d_output, d_log_sum_exp, lists, call.vectors)
+    dq, dk, dv, d_score, rows = attend_backward(
+        backward, q, k, v, straight, output, log_sum_exp, d_output, d_log_sum_exp, lists, call.vectors
+    )
+    if score is not None and call.gate is not None:
+        d_score = _gradient_of_gate(attended, score, call.gate, d_output, rows)
+    return dq, dk, dv, d_score
 
 
 class _RetainedAttention(torch.autograd.Function):
@@ -174,41 +180,32 @@ class _RetainedAttention(torch.autograd.Function):
                 score = None
             elif order is not None:
                 score = _take(score, order)
-        gate = ctx.work.call.gate
-        straight = score if gate is None else None
-        gradients: tuple[Tensor | None, ...] = gradients_of(attended, straight, d_output, d_log_sum_exp)
-        if gate is not None and score is not None:
-            gradients = (*gradients[:3], _gradient_of_gate(attended, score, gate, d_output, d_log_sum_exp))
+        gradients = gradients_of(attended, score, d_output, d_log_sum_exp)
         if order is not None:
             back = order.argsort(dim=1)
-            gradients = tuple(None if x is None else _take(x, back) for x in gradients)
+            return *[None if x is None else _take(x, back) for x in gradients], None
         return *gradients, None
 
 
-def _gradient_of_gate(
-    attended: Attended, score: Tensor, gate: Gate, d_output: Tensor, d_log_sum_exp: Tensor | None
-) -> Tensor:
+def _gradient_of_gate(attended: Attended, score: Tensor, gate: Gate, d_output: Tensor, rows: Tensor) -> Tensor:
     """The score's, `[B, S, H]`, in the kernels' order: 0 of infinite ones, and of sinks, which stay whatever it is."""
-    q, k, v, output, log_sum_exp, (call, _, lists) = attended
+    q, k, v, _, _, (call, _, lists) = attended
     batch, keys, heads = score.shape
-    delta = (d_output.float() * output).sum(-1)
-    gradient = gate_gradient_in_order(
+    return gate_gradient_in_order(
         q,
         k,
         v,
         d_output,
-        log_sum_exp,
-        delta if d_log_sum_exp is None else delta - d_log_sum_exp,
-        score.new_zeros(batch, heads, keys, dtype=torch.int32) if lists is None else lists.exit,
-        call.vectors.key_end,
+        rows,
+        torch.zeros((batch, heads, keys), dtype=torch.int32, device=q.device) if lists is None else lists.exit,
+        call.vectors,
         window=call.window,
         hidden=gate.hidden,
         on=gate.on,
         scale=call.scale,
+        score=score,
+        sinks=call.sinks,
     )
-    start, column = call.vectors.key_start, torch.arange(keys, device=score.device)
-    stays = (column if start is None else column - start) < call.sinks
-    return torch.where(score.isfinite() & ~stays[..., None], gradient, 0.0).to(score.dtype)
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, sinks: int, call: Call) -> Plan:

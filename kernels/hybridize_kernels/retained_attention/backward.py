@@ -89,8 +89,11 @@ def attend_backward(
     d_log_sum_exp: Tensor | None,
     lists: RetainedLists | None,
     vectors: Vectors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, and for a score `[B, S, H]` its gradient, ⟨dv, v⟩ where it is finite."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """dq, dk, dv, for a score `[B, S, H]` its gradient, ⟨dv, v⟩ where it is finite, and what is known of the rows.
+
+    That is fp32, in the order `[2, B, H, T, G]`: their log-sum-exps in base 2, +inf of what sees nothing, and deltas.
+    """
     device = q.device
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=device) for _ in range(2))
@@ -133,4 +136,4 @@ def attend_backward(
         before,
         part_row,
     )
-    return dq, dk, dv, d_score
+    return dq, dk, dv, d_score, rows
