@@ -13,6 +13,8 @@ soon as its right context is there, by a scorer that streams, instead of rescori
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,18 +65,25 @@ class TokenEviction(RetentionMixer):
         logit = self._logits(unrotated, v, in_order, cu_seqlens)
         decision = self._decide(logit, in_order, cu_seqlens)
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
-        if self.training and self.config.score_gradient == "soft" and not everything:
+        if everything:
+            kept = torch.ones_like(decision.decided)
+            out = self._attend(q, k, v, kept, in_order, in_order, budget=None, cu_seqlens=cu_seqlens)
+        elif self.training and self.config.score_gradient == "soft":
             out = self._attend_softly(q, k, v, logit, in_order, cu_seqlens)
         else:
+            score, gradient = decision.decided, "straight_through"
+            if self.training:
+                score, gradient = self._taught(score, logit, positions, cu_seqlens)
             out = self._attend(
                 q,
                 k,
                 v,
-                torch.ones_like(decision.decided) if everything else self._taught(decision.decided),
+                score,
                 in_order,
                 in_order,
-                budget=None if everything else self.budget_tokens,
+                budget=self.budget_tokens,
                 cu_seqlens=cu_seqlens,
+                score_gradient=gradient,
             )
         if not self.training:
             return out, {}
@@ -120,11 +129,8 @@ class TokenEviction(RetentionMixer):
         budget: int | None,
         ordered_from: int | None = None,
         cu_seqlens: Tensor | None = None,
+        score_gradient: Any = "straight_through",
     ) -> Tensor:
-        gradient = self.config.score_gradient
-        # Only whole texts have the others, which copies of the code without the kernels lack; nobody else misses them.
-        if not self.training or query_positions is not key_positions or gradient in ("soft", "none"):
-            gradient = "straight_through"
         return retained_attention(
             q,
             k,
@@ -138,7 +144,7 @@ class TokenEviction(RetentionMixer):
             scale=self.scale,
             ordered_from=ordered_from,
             cu_seqlens=cu_seqlens,
-            score_gradient=gradient,
+            score_gradient=score_gradient,
         )
 
     def _attend_softly(

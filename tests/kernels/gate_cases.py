@@ -46,11 +46,13 @@ def assert_agrees(form, inputs, *, looser=1.0, gates=GATES, standard="reference"
     q, k = inputs[:2]
     case = f"{form} of q {list(q.shape)}, k {list(k.shape)}, {q.dtype}, {q.device.type}, {described(options)}"
     for on, hidden in gates:
-        result = run(form, inputs, on=on, hidden=hidden, **options)
-        assert result.dtype == torch.float32
-        expected = run(standard, exact, on=on, hidden=hidden, **options)
-        # The inputs are taken as they are, whatever their dtype.
-        assert_near(f"{on}, hidden {hidden}, {case}", result, expected, looser * GRADIENT[torch.float32])
+        for largest in (False, True) if hidden and on == "logit" else (False,):
+            gate = {"on": on, "hidden": hidden, "largest": largest}
+            result = run(form, inputs, **gate, **options)
+            assert result.dtype == torch.float32
+            expected = run(standard, exact, **gate, **options)
+            # The inputs are taken as they are, whatever their dtype.
+            assert_near(f"{described(gate)}, {case}", result, expected, looser * GRADIENT[torch.float32])
 
 
 def described(options: dict[str, object]) -> str:

@@ -46,6 +46,24 @@ def test_equals_a_loop_by_hand(form, on, hidden):
         assert float(result[0, j, 0]) == pytest.approx(total, abs=1e-5)
 
 
+@pytest.mark.parametrize("form", ["reference", *FORMS])
+def test_the_largest_summand_is_that_of_the_query_that_a_key_matters_to_most(form):
+    time, window = 9, 3
+    inputs = make_inputs(time, heads=1, group=2, size=4, batch=1)
+    largest = run(form, inputs, window=window, on="logit", hidden=True, largest=True)
+    alone = torch.zeros(time)
+    for query in range(time):
+        for member in range(2):
+            one = [x.clone() for x in inputs]
+            for x in (one[3], one[5]):  # the gradients of all other rows
+                kept = x[:, query, member].clone()
+                x.zero_()
+                x[:, query, member] = kept
+            own = run(form, one, window=window, on="logit", hidden=True)[0, :, 0]
+            alone = torch.maximum(alone, own.abs())
+    torch.testing.assert_close(largest[0, :, 0], alone, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sharp", [0.5, 4.0])
 def test_a_hidden_key_that_is_shown_to_one_query_moves_the_loss_so_much(sharp):
     """Exactly: the loss is linear in the output, and one more key moves a softmax's output by sigmoid(s) (v − o)."""

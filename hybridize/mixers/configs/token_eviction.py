@@ -41,6 +41,8 @@ class TokenEvictionConfig(MixerConfig):
         future_attention: weight, in stages that train the whole model, of the loss by which scores are regressed on the
             student's own attention to tokens that have left the window; `align` learns from the teacher's alone.
         future_target: of that attention, in `align` too, its mean "logarithm" or its mean "probability".
+        influence: weight, in these stages, of the loss by which scores are regressed on the largest change in the
+            model's loss that showing or hiding their token makes by one query; score_gradient must then be "none".
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
         budget_control: how many tokens get a positive score; whatever their number, only the best `budget_tokens` are
@@ -75,6 +77,7 @@ class TokenEvictionConfig(MixerConfig):
     score_gradient: ScoreGradient = "straight_through"
     future_attention: float = 0.0
     future_target: FutureTarget = "logarithm"
+    influence: float = 0.0
     warmup_steps: int = 0
     freeze_steps: int = 0
     budget_control: Literal["l1", "threshold"] = "l1"
@@ -115,12 +118,18 @@ class TokenEvictionConfig(MixerConfig):
         )
         self.require(0 <= self.scorer_dropout < 1, "scorer_dropout", f"must be in 0..1, is {self.scorer_dropout}.")
         self.require(math.isfinite(self.scorer_bias_init), "scorer_bias_init", "must be finite.")
-        weight = self.future_attention
-        self.require(0 <= weight < math.inf, "future_attention", f"must be zero or positive, is {weight}.")
+        for key in ("future_attention", "influence"):
+            weight = getattr(self, key)
+            self.require(0 <= weight < math.inf, key, f"must be zero or positive, is {weight}.")
         self._require_choice("scorer_sharing", ("head", "layer", "model"))
         self._require_choice("score", ("sigmoid", "relu"))
         self._require_choice("score_gradient", get_args(ScoreGradient))
         self._require_choice("future_target", get_args(FutureTarget))
+        self.require(
+            not self.influence or self.score_gradient == "none",
+            "score_gradient",
+            f"must be none beside influence, which takes its place, is {self.score_gradient!r}.",
+        )
         self._require_choice("l1_sharing", ("head", "layer"))
         self.require(0 <= self.l1_margin < 0.5, "l1_margin", f"must be in 0..0.5, is {self.l1_margin}.")
         self.require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hybridize.mixers.base import Mixer, Rope
 from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.documents import document_of_tokens, document_positions
 from hybridize.mixers.parts.future_attention import future_attention, retention_target_loss
+from hybridize.mixers.parts.influence import regressed_on_influence
 from hybridize.mixers.parts.retention_parts import RetentionParts
 from hybridize.mixers.parts.slots import real_tokens_first, take
 from hybridize_kernels import RetentionDecision, retention_decision
@@ -133,6 +135,15 @@ class RetentionMixer(Mixer):
         )
         return future.masked_fill(~self._complete(positions, cu_seqlens)[..., None], -torch.inf)
 
+    def _influence_loss(self, logit: Tensor, influence: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The scorer's regression on the logarithm of its tokens' influence [B, T, H], -inf where there is none."""
+        known = influence.masked_fill(~self._complete(positions, cu_seqlens)[..., None], -torch.inf)
+        loss = retention_target_loss(
+            logit, known, positions, sinks=self.config.sink_tokens, cu_seqlens=cu_seqlens, target="logarithm"
+        )
+        weight: float = self.config.influence / self.geometry.num_layers  # as other losses, the mean over layers
+        return weight * loss
+
     def _target_loss(self, logit: Tensor, future: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return retention_target_loss(
             logit,
@@ -172,9 +183,13 @@ class RetentionMixer(Mixer):
         threshold = self.new.controller.threshold
         return logit if threshold is None else logit - threshold
 
-    def _taught(self, score: Tensor) -> Tensor:
-        """Scores as attention gets them, with or without a gradient."""
-        return score.detach() if self.config.score_gradient == "none" else score
+    def _taught(self, score: Tensor, logit: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, str]:
+        """Scores as attention gets them in training, and which gradient it has to give them."""
+        wanted = self.config.score_gradient
+        if self.config.influence:
+            loss = partial(self._influence_loss, positions=positions, cu_seqlens=cu_seqlens)
+            return regressed_on_influence(score, logit, loss), "influence"
+        return (score.detach(), "straight_through") if wanted == "none" else (score, wanted)
 
     def _score(self, logit: Tensor) -> Tensor:
         logit = self._above_threshold(logit)

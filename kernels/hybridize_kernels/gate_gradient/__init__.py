@@ -30,6 +30,7 @@ def gate_gradient(
     window: int,
     hidden: bool,
     on: Place,
+    largest: bool = False,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -42,8 +43,9 @@ def gate_gradient(
         on "value": Σ_i w_ij do_i·v_j          on "logit": Σ_i w_ij (do_i·v_j − delta_i)
 
     One more key of weight exp(s) moves a softmax's output by sigmoid(s) (v_j − o_i), whatever s is: of a key that a
-    query does not see, the second is what the loss would change, to first order, if the query saw it. It has no
-    gradient.
+    query does not see, the second is what the loss would change, to first order, if the query saw it. With `largest`
+    it is the largest summand instead of the sum, and no gradient: how much the key matters to the query that it matters
+    to most. It has no gradient itself.
 
     Args:
         q: `[B, T, HQ, D]`. k: `[B, T, H, D]`; H divides HQ; rotary positions already applied. v: `[B, T, H, V]`.
@@ -54,6 +56,7 @@ def gate_gradient(
         window: tokens, the query itself included.
         hidden: also over the queries that do not see the key.
         on: what the gate multiplies, the key's value or its weight in the softmax.
+        largest: the largest of the summands, without their signs, instead of their sum.
         positions: `[B, T]` int64, −1 is padding; the real tokens of a row stand in order and are counted from 0.
         cu_seqlens: int `[N + 1]` from 0 to at most T: the bounds of N documents packed into a batch of one row.
         scale: factor on q·k; D**-0.5 unless given.
@@ -96,6 +99,7 @@ def gate_gradient(
         window=window,
         hidden=hidden,
         on=on,
+        largest=largest,
         positions=positions,
         cu_seqlens=cu_seqlens,
         scale=scale,

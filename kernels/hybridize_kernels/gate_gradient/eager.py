@@ -19,6 +19,7 @@ def gate_gradient(
     window: int,
     hidden: bool,
     on: str,
+    largest: bool = False,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -56,7 +57,9 @@ def gate_gradient(
         if on == "logit":
             moved = moved - rows_of(delta, start, stop)[..., None]
         counts = far[:, None, None] & log_sum.isfinite()
-        result[..., :num_far] += torch.where(counts, weight * moved, 0.0).sum((2, 3))
+        summands = torch.where(counts, weight * moved, 0.0)
+        seen = result[..., :num_far]
+        seen.copy_(torch.maximum(seen, summands.abs().amax((2, 3))) if largest else seen + summands.sum((2, 3)))
     return result.transpose(1, 2)
 
 

@@ -29,6 +29,7 @@ def gate_gradient(
     window: int,
     hidden: bool,
     on: str,
+    largest: bool = False,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -58,6 +59,7 @@ def gate_gradient(
         window=window,
         hidden=hidden,
         on=on,
+        largest=largest,
         scale=scale,
     )
     return result if order is None else _reorder(result, order.argsort(1))
@@ -75,6 +77,7 @@ def gate_gradient_in_order(
     window: int,
     hidden: bool,
     on: str,
+    largest: bool = False,
     scale: float | None = None,
     score: Tensor | None = None,
     sinks: int = 0,
@@ -126,6 +129,7 @@ def gate_gradient_in_order(
         KEYS=tile.keys,
         HIDDEN=hidden,
         ON_LOGIT=on == "logit",
+        LARGEST=largest,
         BOUNDED=vectors.key_end is not None,
         SCORED=score is not None,
         # It is PTX, which no interpreter and no other vendor's compiler takes.
@@ -133,7 +137,9 @@ def gate_gradient_in_order(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return result[0] if splits == 1 else result.sum(0).to(dtype)
+    if splits == 1:
+        return result[0]
+    return (result.amax(0) if largest else result.sum(0)).to(dtype)
 
 
 def _rows(log_sum_exp: Tensor, delta: Tensor, heads: int) -> Tensor:

@@ -16,6 +16,7 @@ def gate_gradient(
     window: int,
     hidden: bool,
     on: str,
+    largest: bool = False,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -47,5 +48,6 @@ def gate_gradient(
     moved = torch.einsum("bthd,bshd->bhts", output_gradient.to(dtype), v)
     if on == "logit":
         moved = moved - delta
-    result = torch.where(far, weight * moved, 0.0).sum(2).transpose(1, 2)  # [B, T, HQ]
-    return result.reshape(batch, time, heads, group).sum(3)
+    summands = torch.where(far, weight * moved, 0.0).unflatten(1, (heads, group))  # [B, H, G, T, T]
+    result: Tensor = summands.abs().amax((2, 3)) if largest and time else summands.sum((2, 3))
+    return result.transpose(1, 2)

@@ -53,6 +53,7 @@ def sums_kernel(
     KEYS: tl.constexpr,
     HIDDEN: tl.constexpr,
     ON_LOGIT: tl.constexpr,
+    LARGEST: tl.constexpr,
     BOUNDED: tl.constexpr,
     SCORED: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -93,17 +94,17 @@ def sums_kernel(
     total = _add_queries(
         total, k, v, k_rows, v_rows, inside, key + window, leave, end, q_ptr, d_output_ptr, rows_ptr, plane,
         full_last, last, slope, q_stride_t, q_stride_h, do_stride_t, do_stride_h, time,
-        D, G, BLOCK_D, SLICE, ROWS, True, HIDDEN, ON_LOGIT, PAIRED,
+        D, G, BLOCK_D, SLICE, ROWS, True, HIDDEN, ON_LOGIT, LARGEST, PAIRED,
     )  # fmt: skip
     total = _add_queries(
         total, k, v, k_rows, v_rows, inside, key + window, leave, end, q_ptr, d_output_ptr, rows_ptr, plane,
         full_first, full_last, slope, q_stride_t, q_stride_h, do_stride_t, do_stride_h, time,
-        D, G, BLOCK_D, SLICE, ROWS, False, HIDDEN, ON_LOGIT, PAIRED,
+        D, G, BLOCK_D, SLICE, ROWS, False, HIDDEN, ON_LOGIT, LARGEST, PAIRED,
     )  # fmt: skip
     total = _add_queries(
         total, k, v, k_rows, v_rows, inside, key + window, leave, end, q_ptr, d_output_ptr, rows_ptr, plane,
         first, tl.minimum(full_first, last), slope, q_stride_t, q_stride_h, do_stride_t, do_stride_h, time,
-        D, G, BLOCK_D, SLICE, ROWS, True, HIDDEN, ON_LOGIT, PAIRED,
+        D, G, BLOCK_D, SLICE, ROWS, True, HIDDEN, ON_LOGIT, LARGEST, PAIRED,
     )  # fmt: skip
     if SCORED:
         at = batch * score_stride_b + head * score_stride_h + key.to(tl.int64) * score_stride_t
@@ -147,6 +148,7 @@ def _add_queries(
     MASKED: tl.constexpr,
     HIDDEN: tl.constexpr,
     ON_LOGIT: tl.constexpr,
+    LARGEST: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
     """Add queries from first, a multiple of ROWS, to last; where MASKED, key j has those from far_j to end_j."""
@@ -183,7 +185,10 @@ def _add_queries(
                 weight = tl.where(counts, weight, 0.0)
         else:
             weight = tl.where(shown, tl.exp2(logit - log_sum_exp[None, :]), 0.0)
-        total += tl.sum(weight * moved, axis=1)
+        if LARGEST:
+            total = tl.maximum(total, tl.max(tl.abs(weight * moved), axis=1))
+        else:
+            total += tl.sum(weight * moved, axis=1)
     return total
 
 

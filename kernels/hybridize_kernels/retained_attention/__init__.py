@@ -105,8 +105,9 @@ def retained_attention(
         score_gradient: of a score, that of a gate of value 1 on its key's value ("straight_through"), over all queries
             that see the key: ⟨dv_j, v_j⟩ over the group's query heads. The others are of a gate that acts outside the
             window only (see `gate_gradient`): "outside" on the value, "logit" on the softmax's weight, "counterfactual"
-            also on that of keys that are not retained, as if they were. They need as many keys as queries, in one
-            order.
+            also on that of keys that are not retained, as if they were. "influence" is no gradient: the largest
+            absolute summand of the last, for whoever regresses a score on it. They need as many keys as queries, in
+            one order.
         return_log_sum_exp: also return the logarithm of each softmax's denominator; it has a gradient.
 
     Returns:
@@ -147,7 +148,8 @@ def retained_attention(
     )
     run: Any = {"reference": _reference, "eager": _eager, "triton": _triton}[form]
     if gate is not None:
-        run = partial(_gated_eager if form == "eager" else run, gate=gate)
+        # Of a maximum the reference has no definition by autograd; that of `gate_gradient` is compared with its own.
+        run = partial(_gated_eager if form == "eager" or (form == "reference" and gate.largest) else run, gate=gate)
     return run(  # type: ignore[no-any-return]
         q,
         k,

@@ -202,6 +202,7 @@ def _gradient_of_gate(attended: Attended, score: Tensor, gate: Gate, d_output: T
         window=call.window,
         hidden=gate.hidden,
         on=gate.on,
+        largest=gate.largest,
         scale=call.scale,
         score=score,
         sinks=call.sinks,

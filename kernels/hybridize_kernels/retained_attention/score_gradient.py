@@ -16,7 +16,7 @@ from ..gate_gradient.eager import gate_gradient
 from .eager import NEVER, eviction_position
 from .eager import retained_attention as _attend
 
-ScoreGradient = Literal["straight_through", "outside", "logit", "counterfactual"]
+ScoreGradient = Literal["straight_through", "outside", "logit", "counterfactual", "influence"]
 
 
 class Gate(NamedTuple):
@@ -24,6 +24,7 @@ class Gate(NamedTuple):
 
     on: Literal["value", "logit"]
     hidden: bool
+    largest: bool = False
 
 
 GATES: dict[str, Gate | None] = {
@@ -31,6 +32,7 @@ GATES: dict[str, Gate | None] = {
     "outside": Gate("value", hidden=False),
     "logit": Gate("logit", hidden=False),
     "counterfactual": Gate("logit", hidden=True),
+    "influence": Gate("logit", hidden=True, largest=True),
 }
 """None: the gradient that falls out of the value's, by every query that sees the token."""
 
@@ -112,7 +114,7 @@ class _Gated(torch.autograd.Function):
         ctx: Any, d_output: Tensor | None, d_log_sum_exp: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         output, log_sum_exp, score, q, k, v = ctx.saved_tensors
-        (on, hidden), window, sinks, budget, scale, positions, cu_seqlens = ctx.decision
+        gate, window, sinks, budget, scale, positions, cu_seqlens = ctx.decision
         d_output = torch.zeros_like(output) if d_output is None else d_output
         delta = (d_output.to(log_sum_exp.dtype) * output).sum(-1)
         delta = delta if d_log_sum_exp is None else delta - d_log_sum_exp
@@ -126,8 +128,9 @@ class _Gated(torch.autograd.Function):
             delta,
             exit_row,
             window=window,
-            hidden=hidden,
-            on=on,
+            hidden=gate.hidden,
+            on=gate.on,
+            largest=gate.largest,
             positions=positions,
             cu_seqlens=cu_seqlens,
             scale=scale,
