@@ -3,7 +3,7 @@
 `PYTHONPATH=kernels python kernels/benchmarks/conversions.py RUN... [--out recipes/results]` reads recipe.lock.json,
 results.json (suite `needles`, held-out texts: essays) and distill/metrics.jsonl of run folders that `hybridize run`
 made; it appends to conversions.jsonl and keeps each run's metrics, lock file and results beside it. A folder's name up
-to its first dot names the recipe: lte, lte.10M and lte.again are three runs of one.
+to its first dot names the recipe: lte, lte.10M and lte.again are three runs of one. Then it draws the rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.conversion_charts import draw
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "results"
 Z_95 = 1.96
@@ -84,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for run in options.runs:
         print(json.dumps(keep(run, options.out)), flush=True)
+    lines = (options.out / "conversions.jsonl").read_text(encoding="utf-8").splitlines()
+    draw([json.loads(line) for line in lines], options.out)
 
 
 if __name__ == "__main__":

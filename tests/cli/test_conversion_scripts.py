@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import conversions, row_wise_keys, variants
+from benchmarks import conversion_charts, conversions, row_wise_keys, variants
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -102,6 +102,23 @@ def test_a_run_has_one_row_and_its_files_are_kept(tmp_path: Path) -> None:
         "recipe.lock.json",
         "results.json",
     }
+
+
+def test_rows_are_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    out.mkdir()
+    for number, name in enumerate(("lte.5M", "lte", "gdn", "lte.again")):
+        run = a_run(tmp_path, name, seed=number)
+        (run / "distill" / "metrics.jsonl").write_text(json.dumps({"tokens": 5_000_000 << number, "seconds": 1}))
+        conversions.main([str(run), "--out", str(out)])
+    rows = rows_of(out / "conversions.jsonl")
+    assert [row["run"] for row in conversion_charts.most_trained(rows)] == ["gdn", "lte.again"]
+    by_tokens = (out / "conversions-recall-tokens.svg").read_text()
+    assert by_tokens.count("<polyline") == 1
+    assert by_tokens.count('class="mark"') == 3
+    assert "gdn" not in by_tokens, "one run is no line"
+    by_state = (out / "conversions-recall-state-bytes.svg").read_text()
+    assert all(f">{name}<" in by_state for name in ("gdn", "lte", "teacher"))
 
 
 def test_the_error_of_a_peer_is_made_on_purpose() -> None:

@@ -91,3 +91,10 @@ def test_a_file_carries_its_style_and_follows_the_dark() -> None:
     text = standalone(svg)
     assert "prefers-color-scheme:dark" in text
     assert ET.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_an_axis_without_values_still_has_a_scale() -> None:
+    for base in (None, 2):
+        scale = Axis("nothing", base=base).scale([], 0.0, 100.0)
+        assert scale.ticks()
+        assert 0.0 <= scale(scale.low) < scale(scale.high) <= 100.0

@@ -33,7 +33,8 @@ class Axis:
         shown = [*values, *self.ticks, *(bound for bound in (self.low, self.high) if bound is not None)]
         if self.base is not None:
             shown = [value for value in shown if value > 0]
-        low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
+        nothing = (0.0, 1.0) if self.base is None else (1.0, float(self.base))
+        low, high = (min(shown), max(shown)) if shown else nothing
         if low == high:
             pad = abs(low) * 0.1 or 1.0
             low, high = (low / 1.2, high * 1.2) if self.base is not None else (low - pad, high + pad)
