@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hybridize.corpus.ingredients import FACTS
+
 _LICENCE = """\
 ## Licence
 
@@ -42,16 +44,32 @@ def card(summary: Mapping[str, Any]) -> str:
         *recipe_lines(summary),
         "```",
         "",
+        *(_choose(facts) if (facts := _facts_of(summary)) else []),
         _LICENCE,
     ]
     return "\n".join(lines)
 
 
+def _choose(path: str) -> list[str]:
+    return [
+        f"`{path}` has documents with facts that are not trained on, to choose layers by:",
+        f"`hybridize choose RECIPE --text corpus/{path}`.",
+        "",
+    ]
+
+
 def recipe_lines(summary: Mapping[str, Any], folder: str = "corpus") -> list[str]:
     """The `data` block of a recipe that trains on the corpus.
 
-    Every held-out file is a source of its own, which a report names.
+    Every held-out file is a source of its own, which a report names; documents with facts are not among them, since
+    `hybridize choose` passes over what a recipe holds out.
     """
     lines = ["data:", f"  train: [{folder}/train/*.jsonl]"]
-    held_out = [path for path in summary["files"] if path.startswith("held-out/")]
+    held_out = [path for path in summary["files"] if path.startswith("held-out/") and path != _facts_of(summary)]
     return lines + (["  held_out:"] if held_out else []) + [f"    - {folder}/{path}" for path in held_out]
+
+
+def _facts_of(summary: Mapping[str, Any]) -> str | None:
+    """The file of held-out documents with facts, where there is one."""
+    path = f"held-out/{FACTS}.jsonl"
+    return path if summary["options"].get("facts") and path in summary["files"] else None

@@ -4,7 +4,8 @@ Two documents are near duplicates when their resemblance (`hybridize.corpus.shin
 the documents that a chain of such pairs joins. Pairs worth a look are found by MinHash (Broder 1997): the smallest
 hash of two sets is the same with a probability that is their resemblance r. Of 128 such hashes, bands of 4 are
 compared, so that a pair is looked at with probability 1 - (1 - r⁴)³² (above 1 - 10⁻⁷ from r = 0.8 on), and what was
-found is checked with the whole sets. The sets stay in memory, 8 bytes a word.
+found is checked with the whole sets. The sets stay in memory, 8 bytes a word. A short text that stands inside of a long
+one is not near it.
 """
 
 from __future__ import annotations
@@ -61,10 +62,27 @@ def _near_groups(normal: Sequence[str], reporter: Reporter) -> list[int]:
             signatures[number] = signature(shingles[-1])
             task.advance()
     groups = _Groups(len(normal))
-    for a, b in _candidates(signatures):
-        if groups.first(a) != groups.first(b) and _are_near(shingles[a], shingles[b]):
-            groups.join(a, b)
+    near = _Near(shingles)
+    for run in _equal_bands(signatures):
+        _join_near(run, groups, near)
     return [groups.first(number) for number in range(len(normal))]
+
+
+def _join_near(run: Sequence[int], groups: _Groups, near: _Near) -> None:
+    """Joins documents of a run that are near; of those that are joined already no pair is looked at again."""
+    members: dict[int, list[int]] = {}
+    for number in run:
+        members.setdefault(groups.first(number), []).append(number)
+    found: list[list[int]] = []
+    for own in members.values():
+        joined, others = own, []
+        for group in found:
+            if any(itertools.starmap(near, itertools.product(group, own))):
+                groups.join(group[0], own[0])
+                joined = group + joined
+            else:
+                others.append(group)
+        found = [*others, joined]
 
 
 def signature(shingles: Shingles) -> NDArray[np.uint64]:
@@ -79,25 +97,35 @@ def signature(shingles: Shingles) -> NDArray[np.uint64]:
     return smallest
 
 
-def _candidates(signatures: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) that agree in a whole band, each once."""
-    seen: set[tuple[int, int]] = set()
+def _equal_bands(signatures: NDArray[np.uint64]) -> Iterator[list[int]]:
+    """Documents that agree in a whole band, earlier ones first."""
     for band in np.split(signatures, NUM_BANDS, axis=1):
         key = np.zeros(len(band), np.uint64)
         for column in band.T:
             key = mixed(key + column)
         order = np.argsort(key, kind="stable")
         edges = np.flatnonzero(np.diff(key[order])) + 1
-        for run in np.split(order, edges):
-            if len(run) > 1:
-                pairs = [pair for pair in itertools.combinations(run.tolist(), 2) if pair not in seen]
-                seen.update(pairs)
-                yield from pairs
+        yield from (run.tolist() for run in np.split(order, edges) if len(run) > 1)
 
 
-def _are_near(a: Shingles, b: Shingles) -> bool:
-    # No more than all of the smaller set can be in both.
-    return min(len(a), len(b)) >= NEAR * max(len(a), len(b)) and resemblance(a, b) >= NEAR
+class _Near:
+    """Whether two documents are near; remembers those that are not, which may meet in many bands."""
+
+    def __init__(self, shingles: Sequence[Shingles]) -> None:
+        self._shingles = shingles
+        self._apart: set[tuple[int, int]] = set()
+
+    def __call__(self, a: int, b: int) -> bool:
+        pair = (min(a, b), max(a, b))
+        if pair in self._apart:
+            return False
+        one, other = self._shingles[a], self._shingles[b]
+        sizes = sorted((len(one), len(other)))
+        # No more than all of the smaller set can be in both.
+        found = sizes[0] >= NEAR * sizes[1] and resemblance(one, other) >= NEAR
+        if not found:
+            self._apart.add(pair)
+        return found
 
 
 class _Groups:

@@ -42,8 +42,8 @@ class CorpusOptions:
         tokens: length of the training text; None: as much as there is.
         min_tokens: shorter documents are left out.
         max_repeats: how often a document may be used.
-        facts: share of the training tokens that are documents for recall, in 0..1.
-        sequence_tokens: length of a document for recall.
+        facts: share of the training tokens that are documents with facts, in 0..1.
+        sequence_tokens: length of a document with facts, at most.
         seed: of the order, and of what is drawn.
     """
 
@@ -66,7 +66,8 @@ class CorpusOptions:
             hint = "Name them: --text one:PATH --text two:PATH."
             raise UsageError(f"two sources are called {twice[0]!r}.", where="--text", hint=hint)
         if self.facts and FACTS in names:
-            raise UsageError(f"{FACTS!r} is the name of the documents for recall.", where="--text", hint="Name it.")
+            what = f"{FACTS!r} is what the documents of --facts are called."
+            raise UsageError(what, where="--text", hint="Call the source otherwise: --text NAME:PATH.")
 
     def to_json(self) -> dict[str, Any]:
         """The options that decide what is in the corpus."""

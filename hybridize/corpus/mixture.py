@@ -59,11 +59,11 @@ def wanted_tokens(
 
 
 def draw(lengths: Sequence[int], wanted: float, *, max_repeats: int, seed: str) -> list[int]:
-    """Numbers of the documents that make `wanted` tokens, in the order of training.
+    """Numbers of the documents that make `wanted` tokens.
 
     Whole documents are taken; one that would lead further away than it leads near is passed over. What is drawn differs
     from what is wanted by at most half of the longest document, unless all documents `max_repeats` times are too few.
-    Every document is used once, in a new order each time, before any is used again.
+    Every document is drawn once, in a new order each time, before any is drawn again.
     """
     drawn: list[int] = []
     tokens = 0

@@ -84,19 +84,25 @@ def teacher_corpus(
         What corpus.json says.
 
     Raises:
-        UsageError: longer than the model's positions, or the folder is not empty.
+        UsageError: longer than the model's positions, no text as long as wanted, or the folder is not empty.
         CheckpointError: the tokenizer has no end-of-sequence token.
     """
     longest = model.config.max_position_embeddings
     if not 2 <= options.sequence_tokens <= longest:
         what = f"must be 2 to {longest}, the positions of the model, is {options.sequence_tokens}."
         raise UsageError(what, where="--sequence-tokens")
+    if options.min_tokens >= options.sequence_tokens:  # the token before a text is one of its sequence
+        what = f"no text of at most {options.sequence_tokens - 1} tokens has {options.min_tokens}."
+        raise UsageError(what, where="--min-tokens", hint="Lower it, or raise --sequence-tokens.")
     with corpus_folder(out, overwrite=overwrite) as folder:
         batch = options.batch or default_batch(model, options)
         openings = openings_of(model, tokenizer, prompts, options.sequence_tokens)
         texts = _sample(model, openings, options, batch, reporter)
         long_enough = [text for text in texts if len(text) >= options.min_tokens]
         records = _records(long_enough, tokenizer)
+        if not records:
+            what = f"none of the {len(texts)} texts has {options.min_tokens} tokens."
+            raise UsageError(what, where="--min-tokens", hint="Lower it, or give more --tokens or a smaller --batch.")
         source = {
             "name": NAME,
             "model": name,

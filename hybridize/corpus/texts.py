@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hybridize.progress import SILENT, Reporter
 FILE_CHARACTERS = 2**26
 """Of a training file, about: none is so large that it must be read whole to be looked at."""
 FACTS_JITTER = 0.75
-"""Documents for recall have a quarter of the longest length or more."""
+"""Documents with facts have a quarter of the longest length or more."""
 _SHORT_OF = 0.99
 """A source that gives less than this share of what was wanted of it is told."""
 
@@ -61,8 +62,7 @@ def text_corpus(
         UsageError: the options ask for what cannot be, or the folder is not empty.
         RecipeError, CheckpointError: a source cannot be read.
     """
-    if tokenizer is None and (options.tokens is not None or options.facts):
-        raise UsageError("tokens can only be counted by a tokenizer.", where="--tokens", hint="Give --model MODEL.")
+    _check(options, tokenizer)
     measure = Measure(tokenizer)
     with corpus_folder(out, overwrite=overwrite) as folder:
         gathered = gather(options, measure, base, offline=offline, reporter=reporter)
@@ -71,15 +71,24 @@ def text_corpus(
             raise UsageError("no document is left to train on.", where="--text", hint=hint)
         mixed = _mix(options, [source for source in gathered if not source.held_out_source])
         records = [record for part in mixed for record in _records(part.gathered, part.entries)]
-        facts = _facts(options, mixed, tokenizer, reporter) if options.facts else []
-        num_held_out = round(len(facts) * options.held_out_share)
-        held_out_facts, facts = facts[:num_held_out], facts[num_held_out:]
+        facts, held_out_facts = _facts(options, gathered, mixed, measure, reporter) if options.facts else ([], [])
         files = _shuffled_files([*records, *facts], options.seed)
         files += [CorpusFile(HELD_OUT, source.name, _records(source, source.held_out)) for source in gathered]
         files.append(CorpusFile(HELD_OUT, FACTS, held_out_facts))
         return write_corpus(
             folder, files, _about(options, gathered, mixed, (facts, held_out_facts), measure.unit), unit=measure.unit
         )
+
+
+def _check(options: CorpusOptions, tokenizer: Any) -> None:
+    from hybridize.corpus.facts.documents import FEWEST_TOKENS
+
+    if tokenizer is None and (options.tokens is not None or options.facts):
+        where = "--facts" if options.tokens is None else "--tokens"
+        raise UsageError("tokens can only be counted by a tokenizer.", where=where, hint="Give --model MODEL.")
+    if options.facts and options.sequence_tokens < FEWEST_TOKENS:
+        what = f"documents of {options.sequence_tokens} tokens are too short for facts."
+        raise UsageError(what, where="--sequence-tokens", hint=f"Give {FEWEST_TOKENS} or more.")
 
 
 def _shuffled_files(records: Sequence[Record], seed: int) -> list[CorpusFile]:
@@ -115,28 +124,39 @@ def _records(source: Gathered, entries: Sequence[Entry]) -> list[Record]:
     return [Record(entry.document.text, entry.document.id, source.name, entry.length) for entry in entries]
 
 
-def _facts(options: CorpusOptions, mixed: Sequence[Mixed], tokenizer: Any, reporter: Reporter) -> list[Record]:
+def _facts(
+    options: CorpusOptions, gathered: Sequence[Gathered], mixed: Sequence[Mixed], measure: Measure, reporter: Reporter
+) -> tuple[list[Record], list[Record]]:
+    """Documents with facts to train on and to hold out, each in text of its own side where there is any."""
     from hybridize.corpus.facts import make_facts
 
-    filler = [entry.document.text for part in mixed for entry in part.entries]
-    text_tokens = sum(part.length for part in mixed)
-    wanted = round(text_tokens * options.facts / (1 - options.facts) / (1 - options.held_out_share))
-    made = make_facts(
-        filler,
-        tokenizer,
-        tokens=wanted,
-        document_tokens=options.sequence_tokens,
-        seed=options.seed,
-        length_jitter=FACTS_JITTER,
-    )
-    measure = Measure(tokenizer)
-    records = []
-    with reporter.task("writing facts", wanted) as task:
-        for number, text in enumerate(made):
-            (length,) = measure.lengths([text])
-            records.append(Record(text, f"{FACTS}#{number}", FACTS, length))
-            task.advance(length)
-    return records
+    train = [entry.document.text for part in mixed for entry in part.entries]
+    wanted = round(sum(part.length for part in mixed) * options.facts / (1 - options.facts))
+    beside = round(wanted * options.held_out_share / (1 - options.held_out_share))
+    number = count()
+    with reporter.task("writing facts", wanted + beside) as task:
+
+        def made(filler: Sequence[str], tokens: int, seed: int | str) -> list[Record]:
+            records = []
+            for text in make_facts(
+                filler,
+                measure.tokenizer,
+                tokens=tokens,
+                document_tokens=options.sequence_tokens,
+                seed=seed,
+                length_jitter=FACTS_JITTER,
+            ):
+                (length,) = measure.lengths([text])
+                records.append(Record(text, f"{FACTS}#{next(number)}", FACTS, length))
+                task.advance(length)
+            return records
+
+        held_out = _held_out_texts(gathered) or train
+        return made(train, wanted, options.seed), made(held_out, beside, f"{options.seed}/held-out")
+
+
+def _held_out_texts(gathered: Sequence[Gathered]) -> list[str]:
+    return [entry.document.text for source in gathered for entry in source.held_out]
 
 
 def _about(
@@ -156,7 +176,7 @@ def _about(
             *(_about_source(source, unit, weights.get(source.name), taken.get(source.name)) for source in gathered),
             *([_about_facts(*facts, unit)] if any(facts) else []),
         ],
-        "notes": _notes(mixed, unit),
+        "notes": _notes(mixed, unit) + _notes_of_facts(facts[1], gathered),
     }
 
 
@@ -204,3 +224,9 @@ def _notes(mixed: Sequence[Mixed], unit: str) -> list[str]:
                 "more text, or a higher --max-repeats, fills the gap."
             )
     return notes
+
+
+def _notes_of_facts(held_out: Sequence[Record], gathered: Sequence[Gathered]) -> list[str]:
+    if not held_out or _held_out_texts(gathered):
+        return []
+    return [f"{FACTS}: no other text is held out; the held-out documents stand in text that is trained on."]

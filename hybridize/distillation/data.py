@@ -108,7 +108,7 @@ class DocumentStream:
         document = self._draw()
         if document is None:
             if self.drawn == 0:
-                hint = "Lower held_out_share, or give more text."
+                hint = "Lower held_out_share, or give text that the recipe's `held_out` does not have."
                 raise RecipeError("Every document of a training source is held out.", where="data.train", hint=hint)
             self.begin(self.epoch + 1)
             document = self._draw()

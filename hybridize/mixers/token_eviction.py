@@ -21,7 +21,7 @@ from torch import Tensor
 from hybridize.errors import RecipeError
 from hybridize.mixers.base import MixerState, Rope
 from hybridize.mixers.parts.retained_slots import completed, fill_retained
-from hybridize.mixers.parts.retention_mixer import RetentionMixer, on_grid
+from hybridize.mixers.parts.retention_mixer import RetentionMixer, Taught, on_grid
 from hybridize.mixers.parts.slots import (
     entries_of,
     entry_columns,
@@ -64,6 +64,7 @@ class TokenEviction(RetentionMixer):
         in_order = positions if self.padded else None
         logit = self._logits(unrotated, v, in_order, cu_seqlens)
         decision = self._decide(logit, in_order, cu_seqlens)
+        taught = Taught(decision.decided, "straight_through")
         everything = self.training and self._in_first_steps(self.config.warmup_steps)
         if everything:
             kept = torch.ones_like(decision.decided)
@@ -71,23 +72,24 @@ class TokenEviction(RetentionMixer):
         elif self.training and self.config.score_gradient == "soft":
             out = self._attend_softly(q, k, v, logit, in_order, cu_seqlens)
         else:
-            score, gradient = decision.decided, "straight_through"
             if self.training:
-                score, gradient = self._taught(score, logit, positions, cu_seqlens)
+                taught = self._taught(decision.decided, logit, positions, cu_seqlens)
             out = self._attend(
                 q,
                 k,
                 v,
-                score,
+                taught.score,
                 in_order,
                 in_order,
                 budget=self.budget_tokens,
                 cu_seqlens=cu_seqlens,
-                score_gradient=gradient,
+                score_gradient=taught.gradient,
             )
         if not self.training:
             return out, {}
         auxiliary = {"eviction_budget": self._observed(decision, logit)}
+        if taught.counts is not None:
+            auxiliary["eviction_budget"] = auxiliary["eviction_budget"] + taught.counts
         if self.config.score_gradient == "soft":
             auxiliary = {"eviction_budget": soft_budget_loss(logit, self.budget_tokens)}
         if self.config.future_attention:

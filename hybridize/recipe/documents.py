@@ -198,7 +198,7 @@ def source_format(source: TextSource, base: Path) -> str:
             return "text"
         if not source.path.startswith(PACKAGE):
             return "hub"
-    hint = "Add `format: text`, `jsonl`, `parquet` or `hub`."
+    hint = "Give files that end in .txt, .jsonl or .parquet; in a recipe, also `format: text` (or jsonl, parquet, hub)."
     raise RecipeError("The format cannot be told from the path's ending.", where=source.path, hint=hint)
 
 

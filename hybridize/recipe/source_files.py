@@ -49,7 +49,7 @@ def find_files(source: TextSource, base: Path, default_pattern: str) -> list[Pat
     files = [match for match in matches if match.is_file()]
     if not files:
         where = "data: " + source.path
-        hint = "Paths are relative to the recipe's folder; ** matches folders."
+        hint = "A recipe's paths start from its folder, an option's from the current one; ** matches folders."
         raise RecipeError(f"No file matches {pattern}.", where=where, hint=hint)
     return files
 

@@ -8,7 +8,7 @@ recipe, the settings that all have in common and those of each variant, as `--se
     measure: {haystack: [essays/*.txt], samples: 8}
     variants:
       paper: [mixers.T.score_gradient=straight_through]
-      noise: [mixers.T.score_noise=1]
+      future attention alone: [mixers.T.score_gradient=none]
 
 The teacher is loaded and questioned once; a variant starts from it as `hybridize convert` does, is trained as
 `hybridize distill` does, and is measured: adapters merged, weights in bfloat16 on a GPU. Variants that ROWS.jsonl

@@ -96,6 +96,7 @@ def test_a_recipe_without_text(invoke: Invoke, project: Path, tmp_path: Path) ->
     [
         (("--count", 0), "must be 1 to 3, for 4 layers, and is 0"),
         (("--count", 4), "must be 1 to 3, for 4 layers, and is 4"),
+        (("--set", "layers={pattern: T, allow_no_full_attention: true}"), "so many do in the recipe. Give --count"),
         (("--window", 63), "leaves nothing unseen in sequences of 64"),
         (("--window", 64), "leaves nothing unseen in sequences of 64"),
         (("--sequence-tokens", 513), "the model has 512 positions"),

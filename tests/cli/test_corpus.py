@@ -80,6 +80,15 @@ def test_from_the_teacher(invoke: Invoke, project: Path, tmp_path: Path) -> None
         (("--from-teacher", "TEACHER"), "Give --tokens"),
         (("--from-teacher", "TEACHER", "--tokens", "9", "--temperature", "0"), "--temperature: must be above 0"),
         (("--from-teacher", "TEACHER", "--tokens", "9"), "must be 2 to 512, the positions of the model"),
+        (
+            ("--from-teacher", "TEACHER", "--tokens", "9", "--sequence-tokens", "64"),
+            "--min-tokens: no text of at most 63 tokens has 64",
+        ),
+        (
+            ("--from-teacher", "TEACHER", "--tokens", "9", "--sequence-tokens", "65"),
+            "--min-tokens: none of the 8 texts has 64 tokens",
+        ),
+        (("--text", "x.txt", "--model", "TEACHER", "--facts", "0.2", "--sequence-tokens", "99"), "too short for facts"),
     ],
 )
 def test_refusals(invoke: Invoke, project: Path, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

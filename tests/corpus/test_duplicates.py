@@ -87,6 +87,20 @@ def test_chains_are_one_group() -> None:
     assert [kin.group for kin in find_duplicates(texts)] == [0, 0, 0]
 
 
+def test_many_copies_of_one_text_are_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def counted(a: np.ndarray, b: np.ndarray) -> float:
+        compared.append(1)
+        return resemblance(a, b)
+
+    monkeypatch.setattr("hybridize.corpus.duplicates.resemblance", counted)
+    words = [f"word{number}" for number in range(80)]
+    texts = [" ".join([*words[:-1], f"other{number}"]) for number in range(300)]
+    assert {kin.group for kin in find_duplicates(texts)} == {0}
+    assert len(compared) == len(texts) - 1
+
+
 def test_near_begins_where_it_is_said() -> None:
     """With 80 words in a row of which the last k differ, 76 - k shingles of 76 + k are in both."""
     words = [f"word{number}" for number in range(80)]

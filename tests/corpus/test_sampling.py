@@ -114,11 +114,18 @@ def test_every_opening_is_used_and_only_whole() -> None:
     assert all(len(text) <= 5 for text in texts)
 
 
-def test_more_steps_than_fit_a_block_go_on_with_the_same_texts() -> None:
-    writer = Writer(tiny_teacher(), Openings([(1,)], [END]), Sampling(), batch=2, sequence_tokens=300, seed=1)
-    blocks = list(writer.write(STEPS + 10))
-    assert [len(tokens) for tokens, _ in blocks] == [STEPS, 10]
-    assert sum(map(len, split_texts(blocks))) == 2 * (STEPS + 10)
+def test_more_steps_than_fit_a_block_go_on_with_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridize.corpus.sampling.writer.STEPS", 8)
+    openings, longest, steps = Openings([(1,)], [END]), 30, 20
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.cat([torch.rand(shape, 2, generator=generator) for shape in (1, 8, 8, 8)])[1 : steps + 1]
+    expected = texts_by_a_loop(tiny_teacher(), openings, Sampling(), numbers, longest)
+    writer = Writer(tiny_teacher(), openings, Sampling(), batch=2, sequence_tokens=longest, seed=1)
+    blocks = list(writer.write(steps))
+    assert [len(tokens) for tokens, _ in blocks] == [8, 8, 4]
+    for row, texts in enumerate(expected):
+        assert [token for tokens, _ in blocks for token in tokens[:, row].tolist()] == [token for token, _ in texts]
+        assert [ends for _, ended in blocks for ends in ended[:, row].tolist()] == [ends for _, ends in texts]
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hybridize.corpus.shingles import Shingler, normalised, resemblance
 from hybridize.corpus.texts import text_corpus
 from hybridize.errors import CheckpointError, RecipeError, UsageError
 from hybridize.recipe.documents import Document
+from tests.corpus.facts.conftest import FILLER
 from tests.corpus.test_duplicates import WORDS, changed_copy
 
 
@@ -177,11 +179,18 @@ def test_without_a_tokenizer_characters_are_counted(tmp_path: Path) -> None:
     assert made["sources"][0]["short"] == 1
 
 
-@pytest.mark.parametrize("options", [{"tokens": 100}, {"facts": 0.1}])
-def test_tokens_need_a_tokenizer(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("options", "where"), [({"tokens": 100}, "--tokens"), ({"facts": 0.1}, "--facts")])
+def test_tokens_need_a_tokenizer(tmp_path: Path, options: dict[str, Any], where: str) -> None:
     write(tmp_path, {"a": ["text"]})
-    with pytest.raises(UsageError, match="only be counted by a tokenizer"):
+    with pytest.raises(UsageError, match="only be counted by a tokenizer") as refused:
         text_corpus(CorpusOptions((parse_ingredient("a.txt"),), **options), tmp_path / "out", base=tmp_path)
+    assert refused.value.where == where
+
+
+def test_documents_too_short_for_facts_are_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="of 511 tokens are too short for facts"):
+        make(tmp_path, "out", "none.txt", facts=0.1, sequence_tokens=511)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_there_is_refused_before_the_work(tmp_path: Path) -> None:
@@ -223,7 +232,7 @@ def test_facts_are_their_share_of_the_tokens(tmp_path: Path, monkeypatch: pytest
     asked: list[Any] = []
 
     def make_facts(
-        filler: list[str], tokenizer: Any, *, tokens: int, document_tokens: int, seed: int, length_jitter: float
+        filler: list[str], tokenizer: Any, *, tokens: int, document_tokens: int, seed: Any, length_jitter: float
     ) -> Iterator[str]:
         asked.append((sorted(filler), tokens, document_tokens, seed))
         yield from ["a fact " * 10] * (tokens // 20)
@@ -245,9 +254,52 @@ def test_facts_are_their_share_of_the_tokens(tmp_path: Path, monkeypatch: pytest
     assert trained(made, "facts")["tokens"] == 200
     written = documents(tmp_path / "out", "train")
     assert sum(row["source"] == "facts" for row in written) == 10
-    assert len(rows(tmp_path / "out" / "held-out" / "facts.jsonl")) == 1
+    held_out = rows(tmp_path / "out" / "held-out" / "facts.jsonl")
+    assert len(held_out) == 1
+    ids = [row["id"] for row in (*written, *held_out)]
+    assert len(set(ids)) == len(ids)
     trained_on = sorted(row["text"] for row in written if row["source"] == "a")
-    assert asked == [(trained_on, 222, 700, 9)]
+    never = sorted(row["text"] for name in "ah" for row in rows(tmp_path / "out" / "held-out" / f"{name}.jsonl"))
+    assert asked == [(trained_on, 200, 700, 9), (never, 22, 700, "9/held-out")]
+    assert made["notes"] == []
+
+
+def test_held_out_facts_stand_in_text_that_is_held_out(tmp_path: Path) -> None:
+    write(tmp_path, {"a": FILLER[:40], "h": FILLER[40:]})
+    options: dict[str, Any] = {"facts": 0.5, "sequence_tokens": 600}
+    made = make(tmp_path, "out", "a.txt", held_out=("h.txt",), held_out_share=0.1, **options)
+    held_out = rows(tmp_path / "out" / "held-out" / "facts.jsonl")
+    text = "".join(row["text"] for row in documents(tmp_path / "out", "train"))
+    sentences = {part for row in held_out for part in re.findall(r"In chapter \d+ at verse \d+ [^.]*\.", row["text"])}
+    assert len(sentences) > 10
+    assert not [sentence for sentence in sentences if sentence in text]
+    assert made["notes"] == []
+    alone = make(tmp_path, "alone", "h.txt", held_out_share=1e-9, **options)
+    assert not any(source["name"] == "facts" and source["held_out"]["documents"] for source in alone["sources"])
+
+
+def test_held_out_facts_without_held_out_text_are_told(tmp_path: Path) -> None:
+    write(tmp_path, {"a": FILLER[:2]})
+    made = make(tmp_path, "out", "a.txt", held_out_share=0.01, facts=0.9, sequence_tokens=600)
+    (note,) = made["notes"]
+    assert note == "facts: no other text is held out; the held-out documents stand in text that is trained on."
+
+
+def test_facts_that_are_held_out_are_to_choose_layers_by(tmp_path: Path) -> None:
+    """`choose` passes over what a recipe holds out."""
+    write(tmp_path, {"a": FILLER[:40], "h": FILLER[40:]})
+    made = make(tmp_path, "out", "a.txt", held_out=("h.txt",), facts=0.5, held_out_share=0.1, sequence_tokens=600)
+    assert "held-out/facts.jsonl" in made["files"]
+    assert [line.strip() for line in recipe_lines(made)][3:] == [
+        "- corpus/held-out/h.jsonl",
+        "- corpus/held-out/a.jsonl",
+    ]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`hybridize choose RECIPE --text corpus/held-out/facts.jsonl`" in card
+    write(tmp_path, {"facts": FILLER[40:]})
+    named = make(tmp_path, "named", "a.txt", held_out=("facts.txt",), held_out_share=0.0)
+    assert recipe_lines(named)[-1].strip() == "- corpus/held-out/facts.jsonl"
+    assert "choose" not in (tmp_path / "named" / "README.md").read_text()
 
 
 def test_the_card_holds_a_recipes_lines_that_can_be_read(tmp_path: Path) -> None:

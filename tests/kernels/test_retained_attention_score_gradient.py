@@ -129,6 +129,20 @@ def test_every_form_equals_the_reference(form: str, case: Case) -> None:
     assert_score_gradients_agree(form, case)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_influence_by_the_kernel_is_that_of_plain_pytorch(case: Case) -> None:
+    """Whose `gate_gradient` is compared with its definition; a sum of positive and negative parts is not it."""
+    inputs, options = case.arguments()
+    op = op_of(case, {**options, "score_gradient": "influence"})
+    outputs, gradients = outputs_and_gradients("triton", op, inputs)
+    wanted = outputs_and_gradients("triton", op_of(case, options), inputs)
+    for found, straight in zip(outputs + gradients[:3], wanted[0] + wanted[1][:3], strict=True):
+        assert torch.equal(found, straight)
+    _, expected = outputs_and_gradients("eager", op, [x.double() for x in inputs])
+    assert (gradients[3] >= 0).all()
+    assert_near(f"influence, {case}", gradients[3], expected[3], GRADIENT[case.dtype])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_other_gradients_are_the_same_bits_for_every_name(form: str) -> None:
     case = Case(30, budget=4, layout="padded", dtype=torch.float32)

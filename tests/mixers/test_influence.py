@@ -32,11 +32,28 @@ def test_the_gradient_of_a_score_becomes_the_gradient_of_a_regression() -> None:
         asked.append(target)
         return (free - target).square().sum()
 
-    taught = regressed_on_influence(score, logit, loss)
+    taught, counts = regressed_on_influence(score, logit, loss)
     assert taught.equal(score)
-    taught.backward(influence)
+    assert counts.item() == 0
+    torch.autograd.backward((taught, counts), (influence, torch.tensor(0.25)))
     assert asked[0].equal(influence.log())
-    torch.testing.assert_close(logit.grad, 2 * (logit.detach() - influence.log()))
+    torch.testing.assert_close(logit.grad, 0.25 * 2 * (logit.detach() - influence.log()))
+
+
+def test_a_share_of_a_step_is_a_share_of_the_regression() -> None:
+    """As `stages` has it: the loss and the auxiliary losses of a micro-batch, by its share of the step."""
+    gradients = []
+    for share in (1.0, 0.25):
+        torch.manual_seed(0)
+        layer = OneLayer(CONFIG)
+        x = layer.hidden_states(1, 60)
+        out = layer.mixer.train()(x, layer.rope(x, torch.arange(60)[None]))[0]
+        loss = out.square().sum() + sum(layer.mixer.auxiliary.values())
+        (loss * share).backward()
+        gradients.append([parameter.grad for parameter in layer.mixer.new.scorer.parameters()])
+    for whole, part in zip(*gradients, strict=True):
+        assert whole.any()
+        torch.testing.assert_close(part, 0.25 * whole, rtol=1e-4, atol=1e-7)
 
 
 def test_logits_learn_the_standardised_logarithm_of_the_largest_influence() -> None:
@@ -62,7 +79,7 @@ def test_logits_learn_the_standardised_logarithm_of_the_largest_influence() -> N
     assert known[:, 2 : 60 - 8].all()
     target = influence[:, 2 : 60 - 8 - 0]
     wanted = HEADROOM + (target - target.mean(1, keepdim=True)) / target.std(1, correction=0, keepdim=True)
-    expected = (logit[:, 2 : 60 - 8] - wanted).square().mean() / layer.geometry.num_layers
+    expected = (logit[:, 2 : 60 - 8] - wanted).square().mean()
     found = inner(logit, influence, positions=torch.arange(60)[None], cu_seqlens=None)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -79,7 +96,7 @@ def test_a_token_that_the_loss_needs_rises(form: str) -> None:
         for _ in range(25 if form == "eager" else 3):
             optimiser.zero_grad()
             loss = (layer(x) - teacher).square().sum()
-            loss.backward()
+            (loss + mixer.auxiliary["eviction_budget"]).backward()
             losses.append(loss.item())
             assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.new.scorer.parameters())
             assert any(p.grad.any() for p in mixer.new.scorer.parameters())

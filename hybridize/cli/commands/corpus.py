@@ -45,21 +45,23 @@ from hybridize.cli.options import dtype_option, out_option, overwrite_option
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
     metavar="SHARE",
-    help="Share of the tokens that are documents for recall.",
+    help="Share of the tokens that are documents with facts, which teach to recall.",
 )
 @click.option("--from-teacher", "teacher", metavar="MODEL", help="Texts that this model writes, instead of --text.")
 @click.option(
     "--prompt-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Openings, a line each."
 )
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the teacher's sampling.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from this share.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens of this share."
+)
 @click.option("--batch", type=click.IntRange(1), help="Texts written side by side; default: by memory, or 8 on a CPU.")
 @click.option(
     "--sequence-tokens",
     type=click.IntRange(2),
     default=2048,
     show_default=True,
-    help="Longest text of the teacher, and length of a document for recall.",
+    help="Longest text of the teacher, or document with facts.",
 )
 @dtype_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order, and of all that is drawn.")

@@ -20,13 +20,14 @@ def make_facts(
     *,
     tokens: int,
     document_tokens: int,
-    seed: int,
+    seed: int | str,
     length_jitter: float = 0.0,
 ) -> Iterator[str]:
     """Documents of running text with facts and questions, until they have `tokens` tokens in all.
 
-    Every answer stands verbatim in the document before its question, most of them at least 600 tokens before; the
-    distances spread log-uniformly up to the length of the document. The same arguments give the same documents.
+    Every answer stands verbatim in the document before its question, most of them at least 600 tokens before, in a
+    document of less than 1000 tokens six tenths of it; the distances spread log-uniformly up to the length of the
+    document. The same arguments give the same documents.
 
     Args:
         filler: documents that the running text is taken from, a few hundred tokens at a time.

@@ -58,7 +58,7 @@ def place_facts(
     *,
     tokens: int,
     document_tokens: int,
-    seed: int,
+    seed: int | str,
     length_jitter: float = 0.0,
 ) -> Iterator[FactDocument]:
     """The documents of `make_facts`, with the places of their facts."""

@@ -100,7 +100,8 @@ class Writer:
                     self._graph.replay()
                 else:
                     self.step()
-            yield self._written[:count].cpu().numpy(), self._ended[:count].cpu().numpy()
+            # Copies: on a CPU the next steps would write over what was yielded.
+            yield self._written[:count].cpu().numpy().copy(), self._ended[:count].cpu().numpy().copy()
 
     def step(self) -> None:
         """One token a row."""

@@ -118,7 +118,9 @@ def _settled_count(options: ChoiceOptions, others: OtherMixers, geometry: Attent
     count = len(others.full) if options.count is None else options.count
     if not 1 <= count < geometry.num_layers:
         what = f"must be 1 to {geometry.num_layers - 1}, for {geometry.num_layers} layers, and is {count}."
-        raise UsageError(what, where="--count", hint="It is how many layers keep full attention.")
+        hint = "It is how many layers keep full attention"
+        hint += "; so many do in the recipe. Give --count." if options.count is None else "."
+        raise UsageError(what, where="--count", hint=hint)
     wide = sum(window is None or window > options.window_tokens for window in geometry.windows)
     if count > wide:
         what = f"only {wide} layers of the model see more than {options.window_tokens} tokens, not {count}."

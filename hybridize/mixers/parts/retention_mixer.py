@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,14 @@ class RetentionTargets:
     positions: Tensor
     future: Tensor
     cu_seqlens: Tensor | None = None
+
+
+class Taught(NamedTuple):
+    """Scores in training, which gradient attention has to give them, and the 0 that joins the auxiliary losses."""
+
+    score: Tensor
+    gradient: str
+    counts: Tensor | None = None
 
 
 class RetentionMixer(Mixer):
@@ -141,7 +149,7 @@ class RetentionMixer(Mixer):
         loss = retention_target_loss(
             logit, known, positions, sinks=self.config.sink_tokens, cu_seqlens=cu_seqlens, target="logarithm"
         )
-        weight: float = self.config.influence / self.geometry.num_layers  # as other losses, the mean over layers
+        weight: float = self.config.influence
         return weight * loss
 
     def _target_loss(self, logit: Tensor, future: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -183,13 +191,14 @@ class RetentionMixer(Mixer):
         threshold = self.new.controller.threshold
         return logit if threshold is None else logit - threshold
 
-    def _taught(self, score: Tensor, logit: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, str]:
-        """Scores as attention gets them in training, and which gradient it has to give them."""
+    def _taught(self, score: Tensor, logit: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Taught:
+        """Scores as attention gets them in training."""
         wanted = self.config.score_gradient
         if self.config.influence:
             loss = partial(self._influence_loss, positions=positions, cu_seqlens=cu_seqlens)
-            return regressed_on_influence(score, logit, loss), "influence"
-        return (score.detach(), "straight_through") if wanted == "none" else (score, wanted)
+            score, counts = regressed_on_influence(score, logit, loss)
+            return Taught(score, "influence", counts)
+        return Taught(score.detach(), "straight_through") if wanted == "none" else Taught(score, wanted)
 
     def _score(self, logit: Tensor) -> Tensor:
         logit = self._above_threshold(logit)
