@@ -9,6 +9,7 @@ from pathlib import Path
 from hybridize.corpus.duplicates import find_duplicates
 from hybridize.corpus.ingredients import CorpusOptions, source_name
 from hybridize.corpus.lengths import Measure
+from hybridize.errors import UsageError
 from hybridize.progress import SILENT, Reporter
 from hybridize.recipe.documents import Document, is_held_out, read_documents, source_format
 from hybridize.recipe.sources import TextSource
@@ -67,6 +68,7 @@ def gather(
 
     Raises:
         RecipeError, CheckpointError: a source cannot be read.
+        UsageError: one is streamed from the Hub, and the options have no number of tokens.
     """
     sources = [Gathered(source, True) for source in options.held_out]
     sources += [Gathered(ingredient.source, False) for ingredient in options.train]
@@ -75,6 +77,9 @@ def gather(
     with reporter.task("reading", len(sources)) as task:
         for gathered in sources:
             streamed = source_format(gathered.source, base) == "hub"
+            if streamed and limit_bytes is None:
+                what = "a data set of the Hub is streamed and may have no end."
+                raise UsageError(what, where=gathered.source.path, hint="Say how much of it to read: --tokens.")
             limit = limit_bytes if streamed else None
             found = read_documents(gathered.source, base, offline=offline, limit_bytes=limit)
             documents += [(gathered, document) for document in found]

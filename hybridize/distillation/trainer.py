@@ -159,8 +159,12 @@ class Trainer:
                     self._save(optimizer, numbers, log)
 
     def _calibrate(self, stage: Stage, shape: Shape, ahead: Ahead) -> None:
-        """What this changes is part of the first checkpoint; until there is one, a run begins from nothing."""
-        fetched = ahead.take(replace(shape, sequences=1), stage.calibrate_sequences, self._wanted(0, 0))
+        """What this changes is part of the first checkpoint; until there is one, a run begins from nothing.
+
+        However many processes share the sequences, as many are taken off the stream.
+        """
+        own = -(-stage.calibrate_sequences // self.processes.count)
+        fetched = ahead.take(replace(shape, sequences=1), own, self._wanted(0, 0))
         self.progress = replace(self.progress, data=fetched.place)
         batches = [batch.to(self.processes.device) for batch in fetched.batches]
         start_from_text(stage, self.student, self.teacher, batches, self.processes, self._autocast(), self.reporter)

@@ -194,7 +194,8 @@ class Stage:
         projection_learning_rate: peak for projections trained in full and adapters; None: as `learning_rate`.
         passes: align only: optimiser steps on each captured batch of teacher inputs.
         calibrate_sequences: align as the first stage only: before its first step, mixers that can (gated_delta_net)
-            take their start from the teacher's attention over so many training sequences; 0: none.
+            take their start from the teacher's attention over so many training sequences; 0: none. Of several
+            processes, which share them, the first one's decide.
         loss: None: KL for distill, cross entropy for adapt.
         sequence_tokens: None: that of `data`.
         curriculum: None: all sequences have that length.

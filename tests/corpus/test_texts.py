@@ -224,8 +224,8 @@ def test_a_data_set_that_is_streamed_is_left_when_there_is_enough(
     monkeypatch.setattr("hybridize.corpus.gather.read_documents", read_documents)
     make(tmp_path, "one", "ada/endless", "a.txt", held_out=("held.txt",), held_out_share=0.0, tokens=100)
     assert asked == [None, 1600, None]
-    make(tmp_path, "two", "ada/endless", held_out_share=0.0)
-    assert asked[3:] == [None]
+    with pytest.raises(UsageError, match=r"ada/endless: .*may have no end.*--tokens"):
+        make(tmp_path, "two", "ada/endless", held_out_share=0.0)
 
 
 def test_facts_are_their_share_of_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

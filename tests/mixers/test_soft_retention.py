@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybridize.errors import RecipeError
+from hybridize.mixers.configs.token_eviction import TokenEvictionConfig
 from hybridize.mixers.parts.soft_retention import concrete_log_gates, soft_budget_loss, softly_retained_attention
 from hybridize_kernels import retained_attention, use_implementation
 from hybridize_kernels.dispatch import Implementation
@@ -78,3 +80,8 @@ def test_the_loss_is_what_a_head_keeps_beyond_its_budget() -> None:
     assert loss.item() == pytest.approx(0.3)
     loss.backward()
     assert (half.grad > 0).all()
+
+
+def test_a_soft_gate_holds_its_budget_by_its_own_loss() -> None:
+    with pytest.raises(RecipeError, match="a soft gate has a loss of its own"):
+        TokenEvictionConfig(score_gradient="soft", budget_control="threshold")

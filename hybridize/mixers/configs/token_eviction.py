@@ -126,6 +126,11 @@ class TokenEvictionConfig(MixerConfig):
         self._require_choice("score_gradient", get_args(ScoreGradient))
         self._require_choice("future_target", get_args(FutureTarget))
         self.require(
+            self.score_gradient != "soft" or self.budget_control == "l1",
+            "budget_control",
+            "is for decisions; a soft gate has a loss of its own that holds the budget. Leave it at l1.",
+        )
+        self.require(
             not self.influence or self.score_gradient == "none",
             "score_gradient",
             f"must be none beside influence, which takes its place, is {self.score_gradient!r}.",
