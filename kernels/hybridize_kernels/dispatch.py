@@ -105,3 +105,30 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, .
     """Raise ValueError, naming the op and the argument, unless the tensor has exactly the expected shape."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+def check_texts(
+    op: str, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless queries `[B, T, HQ, D]` and keys `[B, T, H, D]` are of the same texts.
+
+    positions: `[B, T]`, or cu_seqlens: `[N + 1]` with B = 1, or neither.
+    """
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"{op}: q {list(q.shape)} and k {list(k.shape)} must be [batch, time, heads, head size]")
+    batch, time, query_heads, head_size = q.shape
+    heads = k.shape[2]
+    if heads == 0 or query_heads % heads:
+        raise ValueError(f"{op}: {query_heads} query heads are not a multiple of {heads} key heads")
+    check_shape(op, "k", k, (batch, time, heads, head_size))
+    if positions is not None:
+        check_shape(op, "positions", positions, (batch, time))
+    if cu_seqlens is None:
+        return
+    if positions is not None:
+        raise ValueError(f"{op}: positions and cu_seqlens both say where a text begins: give one of them")
+    if batch != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)} for {batch} rows, expected the bounds of the "
+            "documents of one row"
+        )

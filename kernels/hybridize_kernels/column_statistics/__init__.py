@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import check_shape, choose, untraced
+from ..dispatch import check_shape, check_texts, choose, untraced
 from .eager import attention_log_sum_exp as _eager_log_sum_exp
 from .eager import column_statistics as _eager
 from .reference import attention_log_sum_exp as _reference_log_sum_exp
@@ -47,7 +47,7 @@ def column_statistics(
         ValueError: a shape does not fit the others, or window < 1.
     """
     op = "column_statistics"
-    _check(op, q, k, positions, cu_seqlens)
+    check_texts(op, q, k, positions, cu_seqlens)
     if window < 1:
         raise ValueError(f"{op}: window is {window}, expected at least 1 (the query itself)")
     if log_sum_exp is not None:
@@ -91,7 +91,7 @@ def attention_log_sum_exp(
         ValueError: a shape does not fit the others.
     """
     op = "attention_log_sum_exp"
-    _check(op, q, k, positions, cu_seqlens)
+    check_texts(op, q, k, positions, cu_seqlens)
     form = choose(op, q, k, has_kernel=True, kernel_fits=q.shape[-1] <= MAX_HEAD_SIZE and q.dtype == k.dtype)
     if form == "triton":
         from .kernel import attention_log_sum_exp as kernel
@@ -100,24 +100,3 @@ def attention_log_sum_exp(
     else:
         run = _reference_log_sum_exp if form == "reference" else _eager_log_sum_exp
     return run(q, k, positions=positions, cu_seqlens=cu_seqlens, scale=scale)
-
-
-def _check(op: str, q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"{op}: q {list(q.shape)} and k {list(k.shape)} must be [batch, time, heads, head size]")
-    batch, time, query_heads, head_size = q.shape
-    heads = k.shape[2]
-    if heads == 0 or query_heads % heads:
-        raise ValueError(f"{op}: {query_heads} query heads are not a multiple of {heads} key heads")
-    check_shape(op, "k", k, (batch, time, heads, head_size))
-    if positions is not None:
-        check_shape(op, "positions", positions, (batch, time))
-    if cu_seqlens is None:
-        return
-    if positions is not None:
-        raise ValueError(f"{op}: positions and cu_seqlens both say where a text begins: give one of them")
-    if batch != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)} for {batch} rows, expected the bounds of the "
-            "documents of one row"
-        )

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import check_shape, choose, untraced
+from ..dispatch import check_shape, check_texts, choose, untraced
 from .eager import gate_gradient as _eager
 from .reference import gate_gradient as _reference
 
@@ -72,7 +72,10 @@ def gate_gradient(
         raise ValueError(f"{op}: window is {window}, expected at least 1 (the query itself)")
     if on not in ("value", "logit"):
         raise ValueError(f"{op}: on is {on!r}, expected 'value' or 'logit'")
-    _check(op, q, k, v, output_gradient, positions, cu_seqlens)
+    check_texts(op, q, k, positions, cu_seqlens)
+    size = v.shape[-1]
+    check_shape(op, "v", v, (*k.shape[:3], size))
+    check_shape(op, "output_gradient", output_gradient, (*q.shape[:3], size))
     for name, tensor in (("log_sum_exp", log_sum_exp), ("delta", delta)):
         check_shape(op, name, tensor, tuple(q.shape[:3]))
     check_shape(op, "exit_row", exit_row, tuple(k.shape[:3]))
@@ -104,28 +107,3 @@ def gate_gradient(
         cu_seqlens=cu_seqlens,
         scale=scale,
     )
-
-
-def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, d_output: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"{op}: q {list(q.shape)} and k {list(k.shape)} must be [batch, time, heads, head size]")
-    batch, time, query_heads, head_size = q.shape
-    heads = k.shape[2]
-    if heads == 0 or query_heads % heads:
-        raise ValueError(f"{op}: {query_heads} query heads are not a multiple of {heads} key heads")
-    check_shape(op, "k", k, (batch, time, heads, head_size))
-    check_shape(op, "v", v, (batch, time, heads, v.shape[-1]))
-    check_shape(op, "output_gradient", d_output, (batch, time, query_heads, v.shape[-1]))
-    if positions is not None:
-        check_shape(op, "positions", positions, (batch, time))
-    if cu_seqlens is None:
-        return
-    if positions is not None:
-        raise ValueError(f"{op}: positions and cu_seqlens both say where a text begins: give one of them")
-    if batch != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)} for {batch} rows, expected the bounds of the "
-            "documents of one row"
-        )
