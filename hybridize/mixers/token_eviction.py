@@ -87,11 +87,12 @@ class TokenEviction(RetentionMixer):
             )
         if not self.training:
             return out, {}
-        auxiliary = {"eviction_budget": self._observed(decision, logit)}
-        if taught.counts is not None:
-            auxiliary["eviction_budget"] = auxiliary["eviction_budget"] + taught.counts
+        budget_loss = self._observed(decision, logit)
         if self.config.score_gradient == "soft":
-            auxiliary = {"eviction_budget": soft_budget_loss(logit, self.budget_tokens)}
+            budget_loss = soft_budget_loss(logit, self.budget_tokens)
+        elif taught.stand_in is not None:
+            budget_loss = budget_loss + taught.stand_in
+        auxiliary = {"eviction_budget": budget_loss}
         if self.config.future_attention:
             target = self._future_attention(q, k, positions, cu_seqlens, padded=self.padded)
             auxiliary["retention_target"] = self.config.future_attention * self._target_loss(

@@ -191,10 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if time.perf_counter() - begun > options.seconds:
             break
-        changes = [*common, *settings, *options.set]
-        recipe = load_recipe(base / spec["recipe"], overrides=changes)
-        row: dict[str, Any] = {"op": "conversion", "variant": name, "seed": recipe.seed, "set": changes}
+        # What the command line sets is the same for all, and may hold paths of this machine.
+        row: dict[str, Any] = {"op": "conversion", "variant": name, "set": [*common, *settings]}
         try:
+            recipe = load_recipe(base / spec["recipe"], overrides=[*row["set"], *options.set])
+            row["seed"] = recipe.seed
             row |= converted(recipe, model, teacher, tokenizer, questions, options.keep and options.keep / name)
         except Exception as error:  # the others are worth having
             traceback.print_exc()

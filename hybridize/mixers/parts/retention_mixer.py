@@ -43,11 +43,14 @@ class RetentionTargets:
 
 
 class Taught(NamedTuple):
-    """Scores in training, which gradient attention has to give them, and the 0 that joins the auxiliary losses."""
+    """Scores in training, the gradient that attention gives them, and what stands for their regression among the losses.
+
+    stand_in: a scalar 0, see `regressed_on_influence`; None: there is no regression.
+    """
 
     score: Tensor
     gradient: str
-    counts: Tensor | None = None
+    stand_in: Tensor | None = None
 
 
 class RetentionMixer(Mixer):
@@ -196,8 +199,8 @@ class RetentionMixer(Mixer):
         wanted = self.config.score_gradient
         if self.config.influence:
             loss = partial(self._influence_loss, positions=positions, cu_seqlens=cu_seqlens)
-            score, counts = regressed_on_influence(score, logit, loss)
-            return Taught(score, "influence", counts)
+            score, stand_in = regressed_on_influence(score, logit, loss)
+            return Taught(score, "influence", stand_in)
         return Taught(score.detach(), "straight_through") if wanted == "none" else Taught(score, wanted)
 
     def _score(self, logit: Tensor) -> Tensor:
