@@ -43,7 +43,7 @@ class RetentionTargets:
 
 
 class Taught(NamedTuple):
-    """Scores in training, the gradient that attention gives them, and what stands for their regression among the losses.
+    """Scores in training, the gradient that attention gives them, and what stands for a regression among the losses.
 
     stand_in: a scalar 0, see `regressed_on_influence`; None: there is no regression.
     """
