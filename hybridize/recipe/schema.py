@@ -124,7 +124,7 @@ class Loss:
         temperature: of both softmaxes.
         hidden: mean squared error between the last hidden states, relative to the teacher's power.
         cross_entropy: next-token loss on the text itself.
-        auxiliary: factor on the mixers' own losses (eviction budget).
+        auxiliary: factor on the mixers' own losses (eviction: budget, future attention, the say of the choice).
     """
 
     kl: float = 1.0

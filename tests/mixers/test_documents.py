@@ -17,6 +17,9 @@ from hybridize.mixers.parts.documents import (
     document_of_tokens,
     document_positions,
     document_sums,
+    kth_largest_of_texts,
+    largest_of_texts,
+    sums_of_texts,
 )
 from hybridize.mixers.parts.future_attention import retention_target_loss
 from tests.mixers.one_layer import OneLayer
@@ -43,6 +46,25 @@ def test_sums_are_those_of_each_document(lengths: list[int], seed: int) -> None:
     expected = torch.stack([part.double().sum(0) for part in parts]).float()
     torch.testing.assert_close(document_sums(x, bounds), expected, rtol=1e-6, atol=1e-5)
     assert torch.equal(document_counts(x > 0, bounds), torch.stack([(part > 0).sum(0) for part in parts]))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 10), st.integers(0, 9))
+def test_texts_are_documents_or_rows(lengths: list[int], k: int, seed: int) -> None:
+    x = torch.randn(1, sum(lengths), 3, generator=torch.Generator().manual_seed(seed))
+    for of_texts in (
+        lambda x, bounds: sums_of_texts(x, bounds),
+        lambda x, bounds: sums_of_texts(x > 0, bounds),
+        lambda x, bounds: largest_of_texts(x.abs(), bounds),
+        lambda x, bounds: kth_largest_of_texts(x, k, bounds),
+        lambda x, bounds: kth_largest_of_texts(torch.zeros_like(x), k, bounds),  # all equal
+    ):
+        alone = [of_texts(part, None).expand_as(part) for part in x.split(lengths, dim=1)]
+        torch.testing.assert_close(of_texts(x, bounds_of(*lengths)), torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_kth_largest_counts_from_one() -> None:
+    x = torch.tensor([3.0, 1.0, 2.0]).view(1, 3, 1)
+    assert [kth_largest_of_texts(x, k, None).item() for k in (1, 2, 3, 4)] == [3, 2, 1, -torch.inf]
 
 
 def controller(**changes: int) -> BudgetController:

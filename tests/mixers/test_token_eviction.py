@@ -228,7 +228,8 @@ def test_a_score_depends_on_its_margin_alone() -> None:
 def test_gradient_of_a_score_is_that_of_a_gate_on_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     import hybridize.mixers.token_eviction as module
 
-    layer = eviction(detach_scorer_input=True)  # or the values would have a second gradient, through the scorer
+    # Values have no second gradient, through the scorer.
+    layer = eviction(score_gradient="straight_through", score_relaxation="gate", detach_scorer_input=True)
     layer.mixer.train()
     seen: dict[str, Tensor] = {}
     attention = module.retained_attention
@@ -256,7 +257,8 @@ def test_parameters_and_gradients(sharing: str) -> None:
     layer.mixer.train()
     new = dict(layer.mixer.new.named_parameters())
     assert sum(p.numel() for p in new.values()) == layer.mixer.config.new_parameters(layer.geometry)
-    layer(layer.hidden_states(2, 40)).square().sum().backward()
+    loss = layer(layer.hidden_states(2, 40)).square().sum() + sum(layer.mixer.auxiliary.values())
+    loss.backward()
     for name, parameter in new.items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

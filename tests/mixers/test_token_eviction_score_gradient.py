@@ -25,6 +25,8 @@ def layer_of(name: Any) -> OneLayer:
         scorer_dropout=0.0,
         detach_scorer_input=True,
         score_gradient=name,
+        score_relaxation="gate",
+        future_attention=0.0,
     )
     layer = OneLayer(config)
     layer.disturb()

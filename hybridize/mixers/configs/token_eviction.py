@@ -15,6 +15,7 @@ POSITION_BYTES = 4
 SCORE_BYTES = 4
 COUNT_BYTES = 4
 ScoreGradient = Literal["straight_through", "outside", "logit", "counterfactual", "soft", "none"]
+ScoreRelaxation = Literal["gate", "top_k"]
 FutureTarget = Literal["logarithm", "probability"]
 
 
@@ -38,6 +39,9 @@ class TokenEvictionConfig(MixerConfig):
             window the token has left. "logit": from these, of a gate on the weight in their softmax.
             "counterfactual": the same, and for tokens that are not retained what showing them would change. "soft": in
             training tokens are weakened instead of evicted, by gates that harden as the budget falls. "none": nothing.
+        score_relaxation: what stands for the hard decision in the backward pass. "gate" (the paper's): each score by
+            itself. "top_k": the soft choice of the best, in which one token's gain is others' loss; the gradient of
+            each text and head has the same size. With another gradient than "soft" and "none".
         future_attention: weight, in stages that train the whole model, of the loss by which scores are regressed on the
             student's own attention to tokens that have left the window; `align` learns from the teacher's alone.
         future_target: of that attention, in `align` too, its mean "logarithm" or its mean "probability".
@@ -73,9 +77,10 @@ class TokenEvictionConfig(MixerConfig):
     scorer_layers: int = 3
     scorer_dropout: float = 0.1
     scorer_bias_init: float = 0.5
-    detach_scorer_input: bool = False
-    score_gradient: ScoreGradient = "straight_through"
-    future_attention: float = 0.0
+    detach_scorer_input: bool = True
+    score_gradient: ScoreGradient = "counterfactual"
+    score_relaxation: ScoreRelaxation = "top_k"
+    future_attention: float = 0.2
     future_target: FutureTarget = "logarithm"
     influence: float = 0.0
     warmup_steps: int = 0
@@ -124,6 +129,7 @@ class TokenEvictionConfig(MixerConfig):
         self._require_choice("scorer_sharing", ("head", "layer", "model"))
         self._require_choice("score", ("sigmoid", "relu"))
         self._require_choice("score_gradient", get_args(ScoreGradient))
+        self._require_choice("score_relaxation", get_args(ScoreRelaxation))
         self._require_choice("future_target", get_args(FutureTarget))
         self.require(
             self.score_gradient != "soft" or self.budget_control == "l1",

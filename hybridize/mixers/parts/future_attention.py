@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hybridize.mixers.configs.token_eviction import FutureTarget
-from hybridize.mixers.parts.documents import document_counts, document_of_tokens, document_sums
+from hybridize.mixers.parts.documents import sums_of_texts
 from hybridize_kernels import column_statistics
 
 HEADROOM = 2.0
@@ -89,7 +89,4 @@ def retention_target_loss(
 
 def _mean(x: Tensor, known: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Mean of x [B, T, H], zero where it is not known, over the known tokens of each text: [B, 1 | T, H]."""
-    if cu_seqlens is None:
-        return x.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-    mean = document_sums(x[0], cu_seqlens) / document_counts(known[0], cu_seqlens).clamp(min=1)
-    return mean[document_of_tokens(cu_seqlens, x.shape[1])][None]
+    return sums_of_texts(x, cu_seqlens) / sums_of_texts(known, cu_seqlens).clamp(min=1)

@@ -16,6 +16,7 @@ from hybridize.mixers.parts.future_attention import future_attention, retention_
 from hybridize.mixers.parts.influence import regressed_on_influence
 from hybridize.mixers.parts.retention_parts import RetentionParts
 from hybridize.mixers.parts.slots import real_tokens_first, take
+from hybridize.mixers.parts.soft_top_k import soft_top_k
 from hybridize_kernels import RetentionDecision, retention_decision
 
 SCORE_GRID = 2.0**16
@@ -45,7 +46,7 @@ class RetentionTargets:
 class Taught(NamedTuple):
     """Scores in training, the gradient that attention gives them, and what stands for a regression among the losses.
 
-    stand_in: a scalar 0, see `regressed_on_influence`; None: there is no regression.
+    stand_in: a scalar 0, see `soft_top_k` and `regressed_on_influence`; None: the gradient is the loss's own.
     """
 
     score: Tensor
@@ -182,12 +183,13 @@ class RetentionMixer(Mixer):
 
     def _complete(self, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[B, T] bool: a text's last m tokens lack right context; they are inside every window, without a score."""
-        if cu_seqlens is None:
-            last = positions.amax(1, keepdim=True)
-        else:
-            last = (cu_seqlens.diff() - 1)[document_of_tokens(cu_seqlens, positions.shape[1])]
-        complete: Tensor = (positions >= 0) & (positions <= last - self.config.margin_tokens)
-        return complete
+        return (positions >= 0) & _followed_by(self.config.margin_tokens, positions, cu_seqlens)
+
+    def _chosen_among(self, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """[B, T, 1] bool: tokens that leave the window and are not sinks; what becomes of them their scores decide."""
+        leaves = _followed_by(self.config.window_tokens, positions, cu_seqlens)
+        among: Tensor = leaves & (positions >= self.config.sink_tokens)
+        return among[..., None]
 
     def _above_threshold(self, logit: Tensor) -> Tensor:
         """[..., H]: zero is where a token begins to be kept."""
@@ -201,6 +203,15 @@ class RetentionMixer(Mixer):
             loss = partial(self._influence_loss, positions=positions, cu_seqlens=cu_seqlens)
             score, stand_in = regressed_on_influence(score, logit, loss)
             return Taught(score, "influence", stand_in)
+        if wanted != "none" and self.config.score_relaxation == "top_k":
+            score, stand_in = soft_top_k(
+                score,
+                self._above_threshold(logit),
+                self._chosen_among(positions, cu_seqlens),
+                places=max(1, self.budget_tokens - self.config.sink_tokens),
+                cu_seqlens=cu_seqlens,
+            )
+            return Taught(score, wanted, stand_in)
         return Taught(score.detach(), "straight_through") if wanted == "none" else Taught(score, wanted)
 
     def _score(self, logit: Tensor) -> Tensor:
@@ -229,6 +240,16 @@ class RetentionMixer(Mixer):
         """The L1 loss of a micro-batch, which the controller of its weight takes note of."""
         self.new.controller.observe(decision.kept_share, decision.scored_tokens, logit)
         return decision.budget_loss
+
+
+def _followed_by(tokens: int, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B, T] bool: the text goes on for so many tokens; for padding it means nothing."""
+    if cu_seqlens is None:
+        last = positions.amax(1, keepdim=True)
+    else:
+        last = (cu_seqlens.diff() - 1)[document_of_tokens(cu_seqlens, positions.shape[1])]
+    followed: Tensor = positions <= last - tokens
+    return followed
 
 
 def on_grid(score: Tensor) -> Tensor:
