@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hybridize.families.base import AttentionGeometry
 from hybridize.mixers.base import Mixer, MixerState, Rope
 from hybridize.mixers.configs.native_sparse_attention import NativeSparseAttentionConfig
+from hybridize.mixers.parts.block_attention import block_attention_loss
 from hybridize.mixers.parts.position_slots import PositionState
 from hybridize.mixers.parts.slots import make_writable
 from hybridize_kernels import native_sparse_attention, native_sparse_decode
@@ -90,7 +91,8 @@ class NativeSparseAttention(Mixer):
         q, k = rope(q, k)
         gates = self.new(hidden_states)
         if state is None:
-            return self._attend(q, k, v, gates, positions, cu_seqlens), {}
+            auxiliary = self._losses(q, k, positions, cu_seqlens) if self.training else {}
+            return self._attend(q, k, v, gates, positions, cu_seqlens), auxiliary
         assert isinstance(state, PositionState)
         make_writable(state.tensors)
         state.make_room(self.config.capacity(state.seen_tokens + q.shape[1]))
@@ -119,6 +121,22 @@ class NativeSparseAttention(Mixer):
             "dense_below": self.config.dense_below,
             "scale": self.scale,
         }
+
+    def _losses(self, q: Tensor, k: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+        weight = self.config.block_attention
+        if not weight:
+            return {}
+        loss = block_attention_loss(
+            q,
+            k,
+            block_tokens=self.config.block_tokens,
+            positions=positions,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+            key_pooling=self.new.key_pooling,
+            first_position=self.config.dense_below,
+        )
+        return {"block_attention": weight * loss}
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,8 @@ class NativeSparseAttentionConfig(MixerConfig):
         compressed_gate, selected_gate, window_gate: gate values at the start, inside (0, 1).
         compression: "mean", or "learned": the compressed key of a block is a weighted sum of its keys, with a trained
             weight for each place in the block, key head and channel; values likewise. The weights start as the mean.
+        block_attention: weight of the loss, in training, by which the compressed probabilities of blocks are fitted to
+            the student's own full attention to their tokens: what the choice of blocks learns from.
     """
 
     name = "native_sparse_attention"
@@ -48,6 +51,7 @@ class NativeSparseAttentionConfig(MixerConfig):
     selected_gate: float = 0.95
     window_gate: float = 0.05
     compression: Literal["mean", "learned"] = "mean"
+    block_attention: float = 0.0
 
     def __post_init__(self) -> None:
         self.require(self.block_tokens >= 1, "block_tokens", f"{self.block_tokens} is below 1.")
@@ -64,6 +68,8 @@ class NativeSparseAttentionConfig(MixerConfig):
         choices = ("mean", "learned")
         problem = f"must be one of {', '.join(choices)}, is {self.compression!r}."
         self.require(self.compression in choices, "compression", problem)
+        weight = self.block_attention
+        self.require(0 <= weight < math.inf, "block_attention", f"must be zero or positive, is {weight}.")
 
     def warnings(self, geometry: AttentionGeometry, context: int) -> list[str]:
         found = []
