@@ -67,6 +67,7 @@ def row_of(run: Path) -> dict[str, Any]:
 def keep(run: Path, out: Path) -> dict[str, Any]:
     """Appends a run's row, unless the same stands there, and copies its metrics and lock file."""
     row = row_of(run)
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "conversions.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     line = json.dumps(row)
