@@ -27,6 +27,7 @@ LR = 1e-2
 BUDGET, TOKENS, SEQUENCES, NUM_BATCHES = 24, 128, 8, 2
 EVICTION: dict[str, Any] = {
     "mixer": "token_eviction",
+    "budget_control": "l1",
     "window_tokens": 12,
     "sink_tokens": 2,
     "budget_tokens": BUDGET,

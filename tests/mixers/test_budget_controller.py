@@ -17,7 +17,7 @@ BUDGET, SEQUENCE = 512, 4096  # the paper's; its band is 486.4 .. 512 tokens
 def controller(heads: int = 1, **changes: Any) -> BudgetController:
     """With l1_every_steps = 1 the mean K is the last step's number."""
     papers = {"l1_target_low": 0.95, "l1_target_high": 1.0, "l1_init": 1e-9, "l1_max": 1.0}
-    options = {"l1_every_steps": 1, **papers, **changes}
+    options = {"budget_control": "l1", "l1_every_steps": 1, **papers, **changes}
     made = BudgetController(TokenEvictionConfig(**options), heads)
     made.initialise()
     return made
@@ -127,3 +127,12 @@ def test_metrics() -> None:
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
         {"kept_tokens_mean": 500, "kept_tokens_min": 400, "kept_tokens_max": 600, "l1_weight": 0.5e-9}
     )
+
+
+def test_a_cap_alone_counts_and_weighs_nothing() -> None:
+    made = controller(budget_control="cap")
+    for _ in range(40):
+        made.observe(torch.tensor([0.5]), SEQUENCE)
+        made.after_step(BUDGET)
+    assert made.metrics()["kept_tokens_mean"] == SEQUENCE / 2
+    assert made.l1_weight.item() == 0

@@ -17,6 +17,7 @@ COUNT_BYTES = 4
 ScoreGradient = Literal["straight_through", "outside", "logit", "counterfactual", "soft", "none"]
 ScoreRelaxation = Literal["gate", "top_k"]
 FutureTarget = Literal["logarithm", "probability"]
+BudgetControl = Literal["cap", "l1", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class TokenEvictionConfig(MixerConfig):
         warmup_steps: optimiser steps in training during which everything is kept.
         freeze_steps: optimiser steps during which the scorer is not trained.
         budget_control: how many tokens get a positive score; whatever their number, only the best `budget_tokens` are
-            retained. "l1": a loss pushes scores down, with a weight (lambda) that follows the number. "threshold": what
-            a logit has to exceed follows it, and it settles at `budget_tokens` a training sequence without a loss.
+            retained. "cap": nothing more, the scores rank. "l1" (the paper's): a loss pushes scores down, with a weight
+            (lambda) that follows the number. "threshold": what a logit has to exceed follows it, and it settles at
+            `budget_tokens` a training sequence without a loss.
         l1_sharing: one L1 weight (lambda) per key head, or per layer.
         l1_margin: the L1 loss is on max(r + margin, 0): tokens that are pushed out come to rest that far below the
             threshold. With "sigmoid" only; 0 is the paper's.
@@ -85,7 +87,7 @@ class TokenEvictionConfig(MixerConfig):
     influence: float = 0.0
     warmup_steps: int = 0
     freeze_steps: int = 0
-    budget_control: Literal["l1", "threshold"] = "l1"
+    budget_control: BudgetControl = "cap"
     l1_sharing: Literal["head", "layer"] = "head"
     l1_margin: float = 0.1
     l1_target_low: float = 0.98
@@ -132,15 +134,16 @@ class TokenEvictionConfig(MixerConfig):
         self._require_choice("score_relaxation", get_args(ScoreRelaxation))
         self._require_choice("future_target", get_args(FutureTarget))
         self.require(
-            self.score_gradient != "soft" or self.budget_control == "l1",
+            self.score_gradient != "soft" or self.budget_control != "threshold",
             "budget_control",
-            "is for decisions; a soft gate has a loss of its own that holds the budget. Leave it at l1.",
+            "threshold is for decisions; a soft gate has a loss of its own that holds the budget. Leave it out.",
         )
         self.require(
             not self.influence or self.score_gradient == "none",
             "score_gradient",
             f"must be none beside influence, which takes its place, is {self.score_gradient!r}.",
         )
+        self._require_choice("budget_control", get_args(BudgetControl))
         self._require_choice("l1_sharing", ("head", "layer"))
         self.require(0 <= self.l1_margin < 0.5, "l1_margin", f"must be in 0..0.5, is {self.l1_margin}.")
         self.require(

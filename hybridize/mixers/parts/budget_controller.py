@@ -30,7 +30,8 @@ class _Observation(NamedTuple):
 
 
 class BudgetController(nn.Module):
-    """Watches how many tokens of a training sequence are kept and moves lambda, the weight of the L1 loss.
+    """Watches how many tokens of a training sequence are kept, and with `budget_control: l1` moves lambda, the weight
+    of the L1 loss.
 
     K, the kept tokens, is an exponential mean over optimiser steps. In each of them, with budget C and n =
     `l1_every_steps`, lambda moves by a factor that depends on how far K is outside of [low C, high C]:
@@ -117,6 +118,8 @@ class BudgetController(nn.Module):
         if self.threshold is not None and spread is not None:
             off = (kept.clamp(min=_LEAST_KEPT) / budget_tokens).log().clamp(-_MOST_LOGARITHMS, _MOST_LOGARITHMS)
             self.threshold.add_(THRESHOLD_RATE * spread * off)
+            return
+        if config.budget_control == "cap":
             return
         first_change = (config.l1_initial_steps // config.l1_every_steps + 1) * config.l1_every_steps
         changed = self._changed(self.steps == first_change, budget_tokens)
