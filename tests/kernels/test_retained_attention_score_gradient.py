@@ -238,9 +238,16 @@ def test_mistakes_are_named() -> None:
     inputs = make_inputs()
     with pytest.raises(ValueError, match="score_gradient is 'soft', expected one of straight_through, outside"):
         retained_attention(*inputs, window=3, score_gradient="soft")  # type: ignore[call-overload]
+
+
+def test_the_form_of_exports_leaves_scores_as_they_are() -> None:
+    inputs = make_inputs()
+    expected = eager.retained_attention(*inputs, window=3)
     inputs[3].requires_grad_()
-    with pytest.raises(ValueError, match="needs the package hybridize_kernels"):
-        eager.retained_attention(*inputs, window=3, score_gradient="logit")
+    with pytest.warns(UserWarning, match="logit needs the package hybridize_kernels"):
+        out = eager.retained_attention(*inputs, window=3, score_gradient="logit")
+    assert torch.equal(out, expected)
+    assert not out.requires_grad or torch.autograd.grad(out.sum(), inputs[3], allow_unused=True) == (None,)
 
 
 SHORT = {"window": 40, "sinks": 4, "batch": 2}

@@ -282,3 +282,26 @@ def test_a_cache_goes_by_both_names(project):
             assert torch.equal(one, other)
         with pytest.raises(UsageError, match="two names of one argument"):
             model.model(TOKENS, cache=caches[0], past_key_values=caches[0])
+
+
+def test_others_may_train_an_export_without_hybridize(exported):
+    """The scores keep what they have learnt: their gradients are the package's own."""
+    code = (
+        "import sys, torch, warnings\nsys.modules['hybridize_kernels'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)\n"
+        "model.train()\n"
+        "ids = torch.arange(96)[None] % model.config.vocab_size\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    model(input_ids=ids, labels=ids).loss.backward()\n"
+        "assert not any(name.split('.')[0] == 'hybridize' for name in sys.modules)\n"
+        "learns = {name: p.grad is not None and bool(p.grad.any()) for name, p in model.named_parameters()}\n"
+        "print([name for name, does in learns.items() if not does and '.scorer.' not in name])\n"
+        "print(sum('no scorer is trained' in str(w.message) for w in said) > 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(exported)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[]", "True"]

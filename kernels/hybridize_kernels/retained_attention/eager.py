@@ -4,6 +4,7 @@ The cap on retained tokens is turned into one number a key, the position from wh
 chunk is three comparisons. This file imports nothing but torch: exported models carry it.
 """
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -41,10 +42,11 @@ def retained_attention(
     i's window). The score's gradient is that of a gate of value 1 on v. Without positions the queries are the last T of
     S keys in order; cu_seqlens `[N + 1]` bounds documents, of one row, that do not see each other; ordered_from is a
     hint that this form does not need. With return_log_sum_exp also the log-sum-exp `[B, T, HQ]` of each softmax.
-    Another score_gradient is the package's own, and refused where one is needed.
+    Another score_gradient is the package's own: here such a score gets none, and a warning says so.
     """
     if score_gradient != "straight_through" and retention_score is not None and retention_score.requires_grad:
-        raise ValueError(f"score_gradient {score_gradient!r} needs the package hybridize_kernels")
+        warnings.warn(f"{score_gradient} needs the package hybridize_kernels: no scorer is trained", stacklevel=2)
+        retention_score = retention_score.detach()
     options = {"window": window, "sinks": sinks, "budget": budget, "scale": scale}
     if cu_seqlens is not None:
         results = [
