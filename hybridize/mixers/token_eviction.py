@@ -5,10 +5,12 @@ best `budget_tokens` of those that have left i's window. A score r_j = sigmoid(x
 small CNN over the keys before RoPE and the values of the tokens j - m .. j + m. The decision is hard; in training r_j
 gets a gradient in one of several ways (`score_gradient`).
 
-What differs from the paper: the L1 loss reaches a little below the threshold, and its weight moves by small steps
-(see `BudgetController`); the cap binds in training, prefill and decode alike, and by the same rule (there it is
-left out of training, and prefill lets early queries see by the whole prompt's ranking); a score is computed once, as
-soon as its right context is there, by a scorer that streams, instead of rescoring a de-rotated window now and then.
+What differs from the paper, unless asked for: scores learn by the gradient of a soft top-k and from the attention that
+tokens get (see `soft_top_k`, `future_attention`), without an L1 loss. Where there is one, it reaches a little below the
+threshold, and its weight moves by small steps (see `BudgetController`). Always: the cap binds in training, prefill and
+decode alike, and by the same rule (there it is left out of training, and prefill lets early queries see by the whole
+prompt's ranking); a score is computed once, as soon as its right context is there, by a scorer that streams, instead of
+rescoring a de-rotated window now and then.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def keep(run: Path, out: Path) -> dict[str, Any]:
     line = json.dumps(row)
     if line not in lines:
         path.write_text("".join(f"{each}\n" for each in (*lines, line)), encoding="utf-8")
-    folder = out / "runs" / run.name
+    folder = out / "conversions" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("recipe.lock.json", "distill/metrics.jsonl", "results.json"):
         shutil.copyfile(run / name, folder / Path(name).name)

@@ -96,8 +96,8 @@ def test_a_run_has_one_row_and_its_files_are_kept(tmp_path: Path) -> None:
     assert first["intervals"]["ppl_ratio"] == pytest.approx([1.304, 1.696])
     assert first["intervals"]["niah2_4k"] == [0.6, 0.9]
     assert first["teacher"] == {"ppl": 22.0, "niah1_4k": 1.0, "niah2_4k": 1.0, "state_bytes_8k": 40}
-    assert sorted(path.name for path in (out / "runs").iterdir()) == ["lte", "lte.again"]
-    assert {path.name for path in (out / "runs" / "lte").iterdir()} == {
+    assert sorted(path.name for path in (out / "conversions").iterdir()) == ["lte", "lte.again"]
+    assert {path.name for path in (out / "conversions" / "lte").iterdir()} == {
         "metrics.jsonl",
         "recipe.lock.json",
         "results.json",
