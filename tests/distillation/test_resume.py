@@ -193,7 +193,8 @@ def test_save_and_log_settings_may_change(run: Path, reference: Path, serve: Ser
 
 
 def test_how_often_a_step_is_logged_changes_no_weight(run: Path) -> None:
-    eviction = MixerChoice("token_eviction", {**runs.MIXERS["T"].options, "budget_tokens": 2, "l1_every_steps": 1})
+    control = {"budget_tokens": 2, "budget_control": "l1", "l1_every_steps": 1}
+    eviction = MixerChoice("token_eviction", {**runs.MIXERS["T"].options, **control})
     stages = (replace(runs.STAGES[0], steps=6, passes=1, accumulate=1),)
     adapters = []
     for log_every in (1, 5):
