@@ -56,7 +56,7 @@ def test_it_is_the_divergence_of_its_definition(tokens: int, first: int, every: 
         scale=SCALE,
         key_pooling=pooling if learned else None,
         first_position=first,
-        every=every,
+        queries=-(-tokens // every),
     )
     sums = [in_loops(*row, pooling, first, every) for row in zip(q, k, strict=True)]
     expected = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums)) / (HEADS * GROUP)
@@ -79,7 +79,7 @@ def test_padding_and_documents_are_single_texts() -> None:
     sums = [in_loops(*part, pooling)[0] for part in parts]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    options = {"block_tokens": BLOCK, "scale": SCALE, "every": 1}
+    options = {"block_tokens": BLOCK, "scale": SCALE, "queries": 10**6}
     packed = block_attention_loss(q, k, positions=positions, cu_seqlens=bounds, **options)
     torch.testing.assert_close(packed, sum(sums) / sum(lengths) / (HEADS * GROUP))
 
@@ -109,7 +109,7 @@ def test_a_sharp_look_at_one_token_is_learnt() -> None:
 
     def loss() -> Tensor:
         return block_attention_loss(
-            q, k @ projection, block_tokens=BLOCK, positions=positions, scale=1.0, key_pooling=pooling, every=1
+            q, k @ projection, block_tokens=BLOCK, positions=positions, scale=1.0, key_pooling=pooling, queries=64
         )
 
     before = loss()

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 from hybridize.mixers.parts.documents import document_of_tokens
+from hybridize.mixers.parts.slots import take
 
-EVERY = 8
-"""One query of so many is asked: neighbours choose nearly the same blocks."""
+QUERIES = 512
+"""Of a row that are asked, at most: neighbours choose nearly the same blocks, and memory grows as the text does."""
 
 
 class Blocks(NamedTuple):
-    """The blocks of all rows, those of one document after the other; some at the end may be empty.
+    """The blocks of all rows, those of one document after the other; some may be empty.
 
     Attributes:
-        members: [B, T, N] float, 1 where a token belongs to a block.
+        tokens: [B, N, block] int64, the columns of a block's tokens; any where there is none.
         place: [B, N] int64, of a block in its document; -1: it is incomplete or empty.
         document: [B, N] int64.
     """
 
-    members: Tensor
+    tokens: Tensor
     place: Tensor
     document: Tensor
 
@@ -43,7 +44,7 @@ def block_attention_loss(
     cu_seqlens: Tensor | None = None,
     key_pooling: Tensor | None = None,
     first_position: int = 0,
-    every: int = EVERY,
+    queries: int = QUERIES,
 ) -> Tensor:
     """KL(attention to blocks || compressed attention), each over the blocks that a query may choose or leave.
 
@@ -56,7 +57,7 @@ def block_attention_loss(
         cu_seqlens: [N + 1], the bounds of documents of one row; None: one text a row.
         key_pooling: [block_tokens, H, D], see `native_sparse_attention`; None: the mean.
         first_position: queries below choose nothing.
-        every: of so many queries one is asked.
+        queries: at most so many of a row are asked, at equal distances.
 
     Returns:
         A scalar, the mean over these queries and all query heads; 0 where no query has a choice.
@@ -67,8 +68,10 @@ def block_attention_loss(
         if cu_seqlens is not None:
             document = document_of_tokens(cu_seqlens, positions.shape[1])[None]
         blocks = _blocks(positions, document, block_tokens, 1 if cu_seqlens is None else len(cu_seqlens) - 1)
-        pooled = _pooled(k, positions, blocks, block_tokens, key_pooling)
-        asked = slice(every - 1, None, every)
+        in_blocks = take(k, blocks.tokens.flatten(1)).unflatten(1, blocks.tokens.shape[1:])  # [B, N, block, H, D]
+        pooled = in_blocks.mean(2) if key_pooling is None else (in_blocks * key_pooling.float()).sum(2)
+        distance = max(1, -(-positions.shape[1] // queries))
+        asked = slice(distance - 1, None, distance)
         position, own = positions[:, asked, None], document[:, asked, None]
         free = (blocks.place > 0)[:, None] & (blocks.place[:, None] < position // block_tokens - 1)
         free = free & (blocks.document[:, None] == own) & (position >= first_position)
@@ -78,7 +81,8 @@ def block_attention_loss(
             seen = (positions >= 0)[:, None] & (positions[:, None] <= position) & (document[:, None] == own)
             logit = scale * groups @ k.permute(0, 2, 3, 1)[:, :, None]
             weight = logit.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-            wanted = (weight @ blocks.members[:, None, None]).masked_fill(~free, 0.0)
+            of_tokens = weight.take_along_dim(blocks.tokens.flatten(1)[:, None, None, None], dim=-1)
+            wanted = of_tokens.unflatten(-1, blocks.tokens.shape[1:]).sum(-1).masked_fill(~free, 0.0)
         logit = (scale * groups @ pooled.permute(0, 2, 3, 1)[:, :, None]).masked_fill(~free, -torch.inf)
         # Rows without a choice have no finite logit; what they say is left out below, and must have no gradient either.
         logit = logit.masked_fill(~free.any(-1, keepdim=True), 0.0)
@@ -90,21 +94,17 @@ def block_attention_loss(
 
 def _blocks(positions: Tensor, document: Tensor, block_tokens: int, num_documents: int) -> Blocks:
     """positions, document: [B, T]."""
+    batch, num_tokens = positions.shape
     real = positions >= 0
-    starts = real & (positions % block_tokens == 0)
-    number = (starts.cumsum(1) - 1).clamp(min=0)  # of each token's block in its row
-    most = positions.shape[1] // block_tokens + num_documents
-    members = (number[..., None] == torch.arange(most, device=positions.device)) & real[..., None]
-    place = (members * (positions // block_tokens)[..., None]).amax(1)
-    complete = members.sum(1) == block_tokens
-    of_document = (members * document[..., None]).amax(1)
-    return Blocks(members.float(), place.where(complete, -1), of_document)
-
-
-def _pooled(k: Tensor, positions: Tensor, blocks: Blocks, block_tokens: int, key_pooling: Tensor | None) -> Tensor:
-    """[B, N, H, D], the compressed keys."""
-    if key_pooling is None:
-        k = k / block_tokens
-    else:
-        k = k * key_pooling.float()[positions.clamp(min=0) % block_tokens]
-    return torch.einsum("btn,bthd->bnhd", blocks.members, k)
+    number = (real & (positions % block_tokens == 0)).cumsum(1) - 1  # of each token's block in its row
+    most = num_tokens // block_tokens + num_documents
+    slot = torch.where(real, number * block_tokens + positions % block_tokens, most * block_tokens)
+    column = torch.arange(num_tokens, device=positions.device).expand(batch, -1)
+    # One slot behind the last is for padding.
+    tokens = positions.new_full((batch, most * block_tokens + 1), -1).scatter(1, slot, column)
+    tokens = tokens[:, :-1].unflatten(1, (most, block_tokens))
+    complete = (tokens >= 0).all(-1)
+    tokens = tokens.clamp(min=0)
+    first = tokens[..., 0]
+    place = torch.where(complete, positions.gather(1, first) // block_tokens, -1)
+    return Blocks(tokens, place, document.expand(batch, -1).gather(1, first))
