@@ -185,11 +185,11 @@ class RetentionMixer(Mixer):
         """[B, T] bool: a text's last m tokens lack right context; they are inside every window, without a score."""
         return (positions >= 0) & _followed_by(self.config.margin_tokens, positions, cu_seqlens)
 
-    def _chosen_among(self, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _competing(self, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """[B, T, 1] bool: tokens that leave the window and are not sinks; what becomes of them their scores decide."""
         leaves = _followed_by(self.config.window_tokens, positions, cu_seqlens)
-        among: Tensor = leaves & (positions >= self.config.sink_tokens)
-        return among[..., None]
+        competing: Tensor = leaves & (positions >= self.config.sink_tokens)
+        return competing[..., None]
 
     def _above_threshold(self, logit: Tensor) -> Tensor:
         """[..., H]: zero is where a token begins to be kept."""
@@ -207,7 +207,7 @@ class RetentionMixer(Mixer):
             score, stand_in = soft_top_k(
                 score,
                 self._above_threshold(logit),
-                self._chosen_among(positions, cu_seqlens),
+                self._competing(positions, cu_seqlens),
                 places=max(1, self.budget_tokens - self.config.sink_tokens),
                 cu_seqlens=cu_seqlens,
             )

@@ -27,7 +27,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def soft_top_k(
-    score: Tensor, logit: Tensor, chosen_among: Tensor, *, places: int, cu_seqlens: Tensor | None = None
+    score: Tensor, logit: Tensor, competing: Tensor, *, places: int, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`score`, whose gradient reaches `logit` as that of a soft top-k, and a part of what is minimised.
 
@@ -36,7 +36,7 @@ def soft_top_k(
 
     Args:
         score: [B, T, H], what attention gets. logit: [B, T, H], what the score was made of, above zero if positive.
-        chosen_among: [B, T, 1 | H] bool, the tokens that compete; others have no gradient.
+        competing: [B, T, 1 | H] bool, the tokens that compete; others have no gradient.
         places: tokens that stay.
         cu_seqlens: [N + 1], the bounds of documents of one row, each a text; None: a row is one.
 
@@ -46,7 +46,7 @@ def soft_top_k(
         as the gradient of a mean is.
     """
     chosen: tuple[Tensor, Tensor] = _SoftTopK.apply(  # type: ignore[no-untyped-call]
-        score.detach(), logit, chosen_among.expand_as(logit), places, cu_seqlens
+        score.detach(), logit, competing.expand_as(logit), places, cu_seqlens
     )
     return chosen
 
@@ -54,9 +54,9 @@ def soft_top_k(
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, score: Tensor, logit: Tensor, chosen_among: Tensor, places: int, cu_seqlens: Tensor | None
+        ctx: Any, score: Tensor, logit: Tensor, competing: Tensor, places: int, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(logit, chosen_among, cu_seqlens)
+        ctx.save_for_backward(logit, competing, cu_seqlens)
         ctx.places = places
         return score.view_as(score), logit.new_zeros((), dtype=torch.float32)
 
@@ -64,18 +64,18 @@ class _SoftTopK(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, gradient: Tensor, share: Tensor
     ) -> tuple[None, Tensor, None, None, None]:
-        logit, among, cu_seqlens = ctx.saved_tensors
-        g = _of_equal_size(gradient.float().masked_fill(~among, 0.0), among, cu_seqlens)
-        edge = kth_largest_of_texts(logit.float().masked_fill(~among, -torch.inf), ctx.places, cu_seqlens)
+        logit, competing, cu_seqlens = ctx.saved_tensors
+        g = _of_equal_size(gradient.float().masked_fill(~competing, 0.0), competing, cu_seqlens)
+        edge = kth_largest_of_texts(logit.float().masked_fill(~competing, -torch.inf), ctx.places, cu_seqlens)
         p = torch.sigmoid(logit.float() - edge.clamp(min=0.0))
-        w = (p * (1 - p)).masked_fill(~among, 0.0)
+        w = (p * (1 - p)).masked_fill(~competing, 0.0)
         price = sums_of_texts(w * g, cu_seqlens) / sums_of_texts(w, cu_seqlens).clamp(min=_TINY)
-        slope = w * (g - price.where(edge > 0, 0.0)) / among.sum().clamp(min=1)
+        slope = w * (g - price.where(edge > 0, 0.0)) / competing.sum().clamp(min=1)
         return None, (slope * share).to(logit.dtype), None, None, None
 
 
-def _of_equal_size(g: Tensor, among: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _of_equal_size(g: Tensor, competing: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[B, T, H] over its root mean square in each text and head; by the largest first, for the sake of small ones."""
     g = g / largest_of_texts(g.abs(), cu_seqlens).clamp(min=_TINY)
-    mean_square = sums_of_texts(g.square(), cu_seqlens) / sums_of_texts(among, cu_seqlens).clamp(min=1)
+    mean_square = sums_of_texts(g.square(), cu_seqlens) / sums_of_texts(competing, cu_seqlens).clamp(min=1)
     return g / mean_square.sqrt().clamp(min=_TINY)
