@@ -57,9 +57,20 @@ MODELS = {
         max_position_embeddings=131072,
     ),
 }
+EVICTION = {
+    "mixer": "token_eviction",
+    "window_tokens": 512,
+    "budget_tokens": 512,
+    "score_gradient": "straight_through",
+    "score_relaxation": "gate",
+    "future_attention": 0.0,
+    "detach_scorer_input": False,
+    "budget_control": "l1",
+}
+"""With the paper's gradient, so that the rows in results/ are of one thing."""
 MIXERS: dict[str, dict[str, Any]] = {
-    "T": {"mixer": "token_eviction", "window_tokens": 512, "budget_tokens": 512},
-    "E": {"mixer": "token_eviction", "window_tokens": 512, "budget_tokens": 512, "scorer_dropout": 0.0},
+    "T": EVICTION,
+    "E": {**EVICTION, "scorer_dropout": 0.0},
     "G": {"mixer": "gated_delta_net"},
     "N": {"mixer": "native_sparse_attention"},
     "F": {"mixer": "full_attention"},
