@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def point(row: Row, x: float) -> Point:
     """The recall of a run, with its interval."""
     low, high = row["intervals"][MEASURE]
     return Point(x, row[MEASURE], low, high)
+
+
+def of_the_recipe(row: Row) -> bool:
+    """Whether a run is the recipe itself, or its recipe in another length: lte, lte.10M, not lte.again or lte.wide."""
+    return re.fullmatch(re.escape(row["recipe"]) + r"(\.\d+M)?", row["run"]) is not None
 
 
 def most_trained(rows: Sequence[Row]) -> list[Row]:
@@ -66,7 +72,8 @@ def against_state_bytes(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Writes both pictures into a folder."""
+    """Writes both pictures into a folder; of runs with other settings than their recipe's there is nothing in them."""
+    rows = [row for row in rows if of_the_recipe(row)]
     written = []
     for name, picture in (("tokens", against_tokens), ("state-bytes", against_state_bytes)):
         path = out / f"conversions-recall-{name}.svg"

@@ -72,7 +72,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "T": EVICTION,
     "E": {**EVICTION, "scorer_dropout": 0.0},
     "G": {"mixer": "gated_delta_net"},
-    "N": {"mixer": "native_sparse_attention"},
+    "N": {"mixer": "native_sparse_attention", "compression": "mean", "block_attention": 0.0},
     "F": {"mixer": "full_attention"},
 }
 

@@ -128,8 +128,12 @@ def test_shares_are_in_order_and_batches_change_nothing(family: str, compression
         assert head["gates"] == pytest.approx(other["gates"], rel=1e-4)
 
 
-def test_shares_are_those_of_a_plain_sum() -> None:
-    student, teacher = tiny_hybrid(FULL, SPARSE), tiny_hybrid(FULL, FULL, seed=2)
+@pytest.mark.parametrize("compression", ["mean", "learned"])
+def test_shares_are_those_of_a_plain_sum(compression: str) -> None:
+    student = tiny_hybrid(FULL, {**SPARSE, "compression": compression})
+    teacher = tiny_hybrid(FULL, FULL, seed=2)
+    learned = layers_of(student)[1].attention.new.key_pooling
+    pooling = torch.full((4, 2, 8), 1 / 4) if learned is None else learned.detach()
     windows, found = make_texts(30, 30), shares(student, teacher, 30, 30)
     totals = torch.zeros(2, 2, dtype=torch.float64)  # [H, (held, all)]
     for window in windows:
@@ -147,7 +151,7 @@ def test_shares_are_those_of_a_plain_sum() -> None:
             scores = torch.stack([their_k[: i + 1, head] @ their_q[i, 2 * head + g] for g in range(2)])
             attention = (scores * 8**-0.5).softmax(-1).sum(0)
             current, complete = i // 4, (i + 1) // 4
-            pooled = torch.stack([k[4 * c : 4 * c + 4, head].mean(0) for c in range(complete)])
+            pooled = torch.stack([(pooling[:, head] * k[4 * c : 4 * c + 4, head]).sum(0) for c in range(complete)])
             by = torch.stack([pooled @ q[i, 2 * head + g] for g in range(2)])
             ranked = ((by * 8**-0.5).softmax(-1).sum(0)).argsort(descending=True).tolist()
             forced = {0, current - 1, current}
@@ -165,7 +169,7 @@ def test_all_blocks_selected_hold_everything() -> None:
 
 def test_blocks_of_one_token_see_the_attention_itself() -> None:
     """In the first layer both models have the same queries and keys, and a mean of one key is the key."""
-    student = tiny_hybrid({**SPARSE, "block_tokens": 1, "window_tokens": 1}, FULL)
+    student = tiny_hybrid({**SPARSE, "block_tokens": 1, "window_tokens": 1, "compression": "mean"}, FULL)
     for head in shares(student, tiny_hybrid(FULL, FULL), 40):
         assert head["mass"] == pytest.approx(head["best"], rel=1e-6)
         assert head["always"] < head["best"] < 1
