@@ -64,12 +64,12 @@ class AtomicFolder:
 
     def __enter__(self) -> Path:
         # Refuse before the lock file is made: nothing is written where nothing will be.
-        self._refuse_existing()
+        self.refuse_existing()
         self._lock.__enter__()
         try:
             with resource_errors(self.out):
                 clean_up(self.out)
-                self._refuse_existing()
+                self.refuse_existing()
                 self.partial.mkdir()
                 # Kept for cleaning up when the block has used up all file handles.
                 self._spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
@@ -79,7 +79,8 @@ class AtomicFolder:
             raise
         return self.partial
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """Raises what entering would raise for a folder that is there; for before work that comes first."""
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise UsageError("The output is not a folder.", where=str(self.out), hint="Choose another --out.")
         with resource_errors(self.out):

@@ -110,3 +110,11 @@ def test_hybrids_do_not_write(invoke: Invoke, recipe: Path, tmp_path: Path) -> N
     result = invoke("corpus", "--from-teacher", tmp_path / "hybrid", "--tokens", "10", "--out", tmp_path / "out")
     assert result.code == 2
     assert "a hybrid does not write corpora" in result.err
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_teacher_is_loaded(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    result = invoke("corpus", "--from-teacher", tmp_path / "none", "--tokens", "10", "--out", tmp_path)
+    assert result.code == 2
+    assert "not empty" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -146,6 +146,7 @@ def _of_text(
 def _of_teacher(
     teacher: str, out: Path, overwrite: bool, options: dict[str, Any], settings: Settings
 ) -> dict[str, Any]:
+    from hybridize.corpus.folder import corpus_folder
     from hybridize.corpus.ingredients import parse_tokens
     from hybridize.corpus.sampling.choice import Sampling
     from hybridize.corpus.teacher import TeacherOptions, load_writing_teacher, read_prompts, teacher_corpus
@@ -159,6 +160,7 @@ def _of_teacher(
         **{key: options[key] for key in ("sequence_tokens", "min_tokens", "batch", "seed")},
     )
     prompts = read_prompts(options["prompt_file"]) if options["prompt_file"] else ()
+    corpus_folder(out, overwrite=overwrite).refuse_existing()
     model, tokenizer = load_writing_teacher(teacher, options["dtype"], offline=settings.offline)
     return teacher_corpus(
         model,
