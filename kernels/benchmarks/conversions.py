@@ -2,7 +2,7 @@
 
 `PYTHONPATH=kernels python kernels/benchmarks/conversions.py RUN... [--out recipes/results]` reads recipe.lock.json,
 results.json (suite `needles`, held-out texts: essays) and distill/metrics.jsonl of run folders that `hybridize run`
-made; it appends to conversions.jsonl and keeps each run's metrics, lock file and results beside it. A folder's name up
+made; it appends to conversions.jsonl and keeps these and the plan beside it. A folder's name up
 to its first dot names the recipe: lte, lte.10M and lte.again are three runs of one. Then it draws the rows.
 """
 
@@ -21,6 +21,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "results"
 Z_95 = 1.96
 NEEDLES = {"niah1_4k": "niah_single_1", "niah2_4k": "niah_single_2"}
 LENGTH = "4096"
+KEPT = ("recipe.lock.json", "plan.json", "distill/metrics.jsonl", "results.json")
+"""Of a run folder. The plan has all settings of every layer, those too that the recipe leaves to a default."""
 POSITIONS = (2048, 4096)
 
 
@@ -65,7 +67,7 @@ def row_of(run: Path) -> dict[str, Any]:
 
 
 def keep(run: Path, out: Path) -> dict[str, Any]:
-    """Appends a run's row, unless the same stands there, and copies its metrics and lock file."""
+    """Appends a run's row, unless the same stands there, and copies what is KEPT."""
     row = row_of(run)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "conversions.jsonl"
@@ -75,7 +77,7 @@ def keep(run: Path, out: Path) -> dict[str, Any]:
         path.write_text("".join(f"{each}\n" for each in (*lines, line)), encoding="utf-8")
     folder = out / "conversions" / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("recipe.lock.json", "distill/metrics.jsonl", "results.json"):
+    for name in KEPT:
         shutil.copyfile(run / name, folder / Path(name).name)
     return row
 

@@ -77,6 +77,7 @@ def a_run(folder: Path, name: str, *, seed: int) -> Path:
         "provenance": {"device": "a GPU", "versions": {"torch": "2"}},
     }
     (run / "results.json").write_text(json.dumps(results))
+    (run / "plan.json").write_text("{}")
     (run / "recipe.lock.json").write_text(json.dumps({"recipe": {"seed": seed}}))
     (run / "distill" / "metrics.jsonl").write_text('{"tokens": 5, "seconds": 1}\n{"tokens": 9, "seconds": 2}\n')
     return run
@@ -99,6 +100,7 @@ def test_a_run_has_one_row_and_its_files_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (out / "conversions").iterdir()) == ["lte", "lte.again"]
     assert {path.name for path in (out / "conversions" / "lte").iterdir()} == {
         "metrics.jsonl",
+        "plan.json",
         "recipe.lock.json",
         "results.json",
     }
