@@ -2,9 +2,9 @@
 
     o_i = g_cmp · attend(pooled blocks) + g_slc · attend(chosen blocks) + g_win · attend(window)
 
-Source: Yuan et al., https://arxiv.org/abs/2502.11089. Unlike the paper, keys and values are pooled by their mean, or
-by a weighted sum that starts as the mean, the three branches share the teacher's keys and values, and the gates start
-where the teacher is.
+Source: Yuan et al., https://arxiv.org/abs/2502.11089. Unlike the paper, keys and values are pooled by a weighted sum
+that starts as their mean, or by the mean itself; the choice of blocks learns from full attention (see
+`block_attention`); the three branches share the teacher's keys and values; and the gates start where the teacher is.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ class Loss:
         temperature: of both softmaxes.
         hidden: mean squared error between the last hidden states, relative to the teacher's power.
         cross_entropy: next-token loss on the text itself.
-        auxiliary: factor on the mixers' own losses (eviction: budget, future attention, the say of the choice).
+        auxiliary: factor on the mixers' own losses (eviction: budget, future attention, the say of the
+            choice; sparse attention: its choice of blocks).
     """
 
     kl: float = 1.0

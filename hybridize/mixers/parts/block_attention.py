@@ -80,7 +80,7 @@ def block_attention_loss(
         with torch.no_grad():
             seen = (positions >= 0)[:, None] & (positions[:, None] <= position) & (document[:, None] == own)
             logit = scale * groups @ k.permute(0, 2, 3, 1)[:, :, None]
-            weight = logit.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+            weight = logit.masked_fill_(~seen[:, None, None], -torch.inf).softmax(-1)  # the largest tensors here
             of_tokens = weight.take_along_dim(blocks.tokens.flatten(1)[:, None, None, None], dim=-1)
             wanted = of_tokens.unflatten(-1, blocks.tokens.shape[1:]).sum(-1).masked_fill(~free, 0.0)
         logit = (scale * groups @ pooled.permute(0, 2, 3, 1)[:, :, None]).masked_fill(~free, -torch.inf)
