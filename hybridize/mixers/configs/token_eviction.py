@@ -82,7 +82,7 @@ class TokenEvictionConfig(MixerConfig):
     detach_scorer_input: bool = True
     score_gradient: ScoreGradient = "counterfactual"
     score_relaxation: ScoreRelaxation = "top_k"
-    future_attention: float = 0.2
+    future_attention: float = 0.03
     future_target: FutureTarget = "logarithm"
     influence: float = 0.0
     warmup_steps: int = 0
