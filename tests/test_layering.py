@@ -18,12 +18,13 @@ BOTTOM = {"errors", "files", "progress", "recipe", "hybridize_kernels"}
 MIDDLE = BOTTOM | {"mixers", "families", "checkpoint"}
 UPPER = MIDDLE | {"plan", "model"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "hybridize": UPPER | {"corpus", "report", "evaluation", "distillation", "cli"},  # the façade, which loads late
-    "cli": UPPER | {"corpus", "report", "evaluation", "distillation"},
-    "corpus": UPPER,
+    "hybridize": UPPER | {"inference", "corpus", "report", "evaluation", "distillation", "cli"},  # the façade
+    "cli": UPPER | {"inference", "corpus", "report", "evaluation", "distillation"},
+    "corpus": UPPER | {"inference"},
     "report": UPPER,
-    "evaluation": UPPER,
+    "evaluation": UPPER | {"inference"},
     "distillation": UPPER,
+    "inference": UPPER,
     "model": MIDDLE | {"plan"},
     "plan": MIDDLE,
     "mixers": BOTTOM | {"families.base"},

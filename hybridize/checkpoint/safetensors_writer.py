@@ -60,7 +60,7 @@ def save_tensors(
     shards = split_shards({name: _num_bytes(tensor) for name, tensor in chosen.items()}, max_shard_bytes)
     if len(shards) == 1:
         name = f"{stem}.safetensors" if stem != "model" else SINGLE_FILE
-        _write_file(folder / name, chosen, header)
+        write_safetensors(folder / name, chosen, header)
         return [name]
     files: list[str] = []
     weight_map: dict[str, str] = {}
@@ -68,7 +68,7 @@ def save_tensors(
         if number > 1:
             _fault_point("between-shards")
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, {name: chosen[name] for name in names}, header)
+        write_safetensors(folder / file, {name: chosen[name] for name in names}, header)
         files.append(file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -96,7 +96,8 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, written to its name as it comes; for what is whole or not there, see `save_file`."""
     # Wide elements first, so that every body is aligned to its element size; then by name.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}

@@ -17,7 +17,7 @@ from hybridize.cli.several import leave, undisturbed_by_launcher
 SECTIONS = {
     "The whole way": ("run",),
     "Step by step": ("corpus", "choose", "plan", "convert", "distill", "export", "eval", "report"),
-    "Look at a model": ("generate", "inspect", "verify"),
+    "Look at a model": ("generate", "bench", "inspect", "verify"),
     "Help": ("recipes", "env", "completion"),
 }
 

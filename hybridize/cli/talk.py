@@ -1,32 +1,42 @@
-"""Generation for people: text that appears as it is made, conversations with memory."""
+"""Generation for people: text that appears as it is made, documents that are read once, conversations with memory."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hybridize.cli.output import Output
 from hybridize.errors import UsageError
 
+if TYPE_CHECKING:
+    from hybridize.inference import Sampling
+
+CHAT_TOKENS = 8192
+"""Room of a conversation, where layers need any and nobody says how much."""
+
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 takes the likeliest."""
+class Talking:
+    """How a model is set up and how it answers.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        sampling: how tokens are chosen. seed: of that.
+        dtype: "auto" or the name of a torch dtype.
+        context_tokens: room for the text in layers whose state grows; None: as much as is asked for.
+        chunk_tokens: most tokens of a pass in prefill; None: what suits the device.
+    """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    sampling: Sampling | None = None
     seed: int = 0
-
-    def arguments(self) -> dict[str, Any]:
-        """For transformers' `generate`; every value is said, so that none comes from the model's folder."""
-        if self.temperature == 0:
-            sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        else:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {"max_new_tokens": self.max_new_tokens, **sampling}
+    dtype: str = "auto"
+    context_tokens: int | None = None
+    chunk_tokens: int | None = None
 
 
 class Talker:
@@ -34,60 +44,114 @@ class Talker:
 
     Args:
         model: a folder, Hub id or GGUF file; hybrid or not.
-        sampling: how tokens are chosen.
-        dtype: "auto" or the name of a torch dtype.
+        talking: how it answers.
         output: where the text goes.
         offline: take Hub files from the cache only.
     """
 
-    def __init__(self, model: str, sampling: Sampling, *, dtype: str, output: Output, offline: bool) -> None:
+    def __init__(self, model: str, talking: Talking, *, output: Output, offline: bool) -> None:
         import torch
 
         from hybridize.model.load import load_any, load_tokenizer
         from hybridize.model.precision import computes_bfloat16
 
-        self.sampling = sampling
+        self.talking = talking
         self.output = output
         device = "cuda" if torch.cuda.is_available() else "cpu"
         auto = torch.bfloat16 if computes_bfloat16(torch.device(device)) else torch.float32
-        chosen = auto if dtype == "auto" else getattr(torch, dtype)
+        chosen = auto if talking.dtype == "auto" else getattr(torch, talking.dtype)
         with output.reporter().task("loading", None):
             # The model first: it registers the hybrid's classes, without which transformers would ask on the terminal
             # whether to run the code that an exported folder carries for others.
             self.model = load_any(model, dtype=chosen, offline=offline).to(device).eval()
             self.tokenizer = load_tokenizer(model, offline=offline)
-        torch.manual_seed(sampling.seed)
-        self.messages: list[dict[str, str]] = []
+        self._engine: Any = None
+        self._saved: Path | None = None
+        self._messages: list[dict[str, str]] = []
+        self._document = ""
+        """Opens the next question of a conversation."""
+        self._rendered = ""
+        """Of a conversation, the text that the states have read."""
 
-    def complete(self, prompt: str) -> dict[str, Any]:
-        """Continues a text."""
-        import torch
+    # What is said.
 
+    def restore(self, path: Path) -> None:
+        """Goes on from a saved state."""
+        self._saved = path
+
+    def save(self, path: Path) -> None:
+        """Keeps what was read and written, for `restore`."""
+        note = {"messages": self._messages, "document": self._document, "rendered": self._rendered}
+        self._engine.save(path, note={"conversation": json.dumps(note, ensure_ascii=False)})
+
+    def complete(self, prompt: str, *, write: bool = True) -> dict[str, Any]:
+        """Reads a text after what was read before, and continues it if it is to write."""
         from hybridize.evaluation.generation import prompt_ids
 
-        self.output.write(prompt)
-        tokens = torch.tensor([prompt_ids(self.tokenizer, prompt)])
-        return self._generate({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        if write:
+            self.output.write(prompt)
+        if self._saved is not None or (self._engine is not None and self._engine.lengths[0]):
+            tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        else:
+            tokens = prompt_ids(self.tokenizer, prompt)
+        return self._go_on(tokens, write=write)
 
-    def answer(self, question: str) -> dict[str, Any]:
-        """Answers in the conversation so far.
+    def answer(self, question: str | None, document: str = "") -> dict[str, Any]:
+        """Answers in the conversation so far. Without a question, reads the document that will open the next one.
 
         Raises:
             UsageError: the model's tokenizer has no chat template.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template.", where="--chat", hint="Use --prompt instead.")
-        self.messages.append({"role": "user", "content": question})
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        answer = self._generate(inputs)
-        self.messages.append({"role": "assistant", "content": answer["text"]})
-        return answer
+        self._prepare([], 0)
+        document = self._document or document
+        content = "\n\n".join(part for part in (document, question) if part)
+        self._document = document if question is None else ""
+        messages = [*self._messages, {"role": "user", "content": content}]
+        text = self._template(messages, add_generation_prompt=question is not None)
+        if question is None:
+            text = text[: text.rindex(document) + len(document)]
+        if not text.startswith(self._rendered):  # the template says otherwise now what was said: all of it again
+            self._engine.reset()
+            self._rendered = ""
+        fresh = text[len(self._rendered) :]
+        said = self._go_on(self.tokenizer(fresh, add_special_tokens=False)["input_ids"], write=question is not None)
+        self._rendered = text + said.pop("raw", "")
+        if question is not None:
+            self._messages = [*messages, {"role": "assistant", "content": said["text"]}]
+        return said
 
-    def _generate(self, inputs: Any) -> dict[str, Any]:
-        import torch
+    def _template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return text
+
+    # How it is made.
+
+    def _prepare(self, tokens: Sequence[int], new_tokens: int) -> None:
+        """Sets the engine up, with room for this much if nobody says how much."""
+        if self._engine is not None:
+            return
+        from hybridize.inference import Engine
+
+        room = self.talking.context_tokens
+        if room is None:
+            room = len(tokens) + new_tokens
+            room = max(room, CHAT_TOKENS) if self._saved is not None or not tokens else room
+        self._engine = Engine(self.model, batch=1, context_tokens=max(room, 1), chunk_tokens=self.talking.chunk_tokens)
+        self._engine.seed(self.talking.seed)
+        if self._saved is not None:
+            note = json.loads(self._engine.load(self._saved).get("conversation", "{}"))
+            self._messages = note.get("messages", [])
+            self._document, self._rendered = note.get("document", ""), note.get("rendered", "")
+
+    def _go_on(self, tokens: Sequence[int], *, write: bool) -> dict[str, Any]:
+        """Reads tokens and, if it is to write, writes an answer."""
         from transformers import TextStreamer
+
+        from hybridize.evaluation.generation import end_tokens
 
         output = self.output
 
@@ -95,31 +159,30 @@ class Talker:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 output.write(text + ("\n" if stream_end else ""))
 
-        tokens = inputs["input_ids"].to(self.model.device)
-        mask = inputs["attention_mask"].to(self.model.device)
+        self._prepare(tokens, self.talking.max_new_tokens if write else 0)
         started = time.perf_counter()
-        with torch.inference_mode():
-            made = self.model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                streamer=Stream(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-                pad_token_id=_pad_id(self.tokenizer),
-                **self.sampling.arguments(),
-            )
-        seconds = time.perf_counter() - started
-        new = made[0, tokens.shape[1] :]
-        output.detail(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} tokens/s)")
-        return {
-            "text": self.tokenizer.decode(new, skip_special_tokens=True),
-            "prompt_tokens": int(tokens.shape[1]),
-            "new_tokens": len(new),
-            "seconds": seconds,
-        }
+        self._read(tokens)
+        read = time.perf_counter()
+        said: dict[str, Any] = {"prompt_tokens": len(tokens), "context_tokens": self._engine.lengths[0]}
+        if write:
+            new = self._write(Stream(self.tokenizer, skip_special_tokens=True), end_tokens(self.model))
+            seconds = time.perf_counter() - read
+            output.detail(f"{len(new)} tokens in {seconds:.2f} s ({len(new) / seconds:.1f} tokens/s)")
+            said |= {"text": self.tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
+            said |= {"raw": self.tokenizer.decode(new, skip_special_tokens=False)}
+        output.detail(f"{len(tokens)} tokens read in {read - started:.2f} s")
+        return {**said, "read_s": read - started, "seconds": time.perf_counter() - started}
 
+    def _read(self, tokens: Sequence[int]) -> None:
+        with self.output.reporter().task("reading", len(tokens)) as task:
+            self._engine.read([tokens], on_tokens=task.advance)
 
-def _pad_id(tokenizer: Any) -> int:
-    """The pad token, else the end token, else 0; either may have the number 0."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    def _write(self, stream: Any, ends: Sequence[int]) -> list[int]:
+        import torch
+
+        new: list[int] = []
+        for (tokens,) in self._engine.write(self.talking.max_new_tokens, self.talking.sampling, ends=ends):
+            stream.put(torch.tensor(tokens))
+            new += tokens
+        stream.end()
+        return new

@@ -74,7 +74,6 @@ class Probes:
     def run(self) -> dict[str, Row]:
         """Every probe that the settings ask for, by name, with "status": "ok", "skipped" or "failed", and seconds."""
         probes: dict[str, Callable[[Any], Row]] = {
-            "speed": self._speed,
             "perplexity": self._perplexity,
             "agreement": self._agreement,
             "recall": self._recall,
@@ -86,6 +85,7 @@ class Probes:
             "baselines": self._baselines,
             "harness": self._harness,
             "samples": self._samples,
+            "speed": self._speed,  # the last: it joins the models' projections
         }
         rows = {"state_bytes": self._guarded("state_bytes", self._state_bytes, None)}
         for name, probe in probes.items():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
-import torch
-
-from hybridize.evaluation.generation import Decoder
+from hybridize.inference.bench.clock import Effort
+from hybridize.inference.bench.implementations import engine
+from hybridize.inference.bench.measure import Case, measure
+from hybridize.model.training_form import leave
 from hybridize.progress import Task
 from hybridize.recipe.probes import SpeedProbe
 
@@ -16,48 +15,46 @@ Row = dict[str, Any]
 
 
 def speed(models: dict[str, Any], settings: SpeedProbe, *, seed: int, task: Task) -> Row:
-    """Times prefill and decode of random tokens, through the same loop that answers the probes' questions.
+    """Times prefill and decode of random tokens in the engine that `hybridize generate` runs.
 
-    Each number is the median of `repeats`, after one pass to warm up. Decoding starts from a cache of the prompt.
+    Each number is the median of `repeats`, after a pass to warm up. Decoding starts from a state that was made up.
 
     Returns:
-        "prefill": rows {"tokens", "sequences", "student", "teacher"} in tokens a second; "decode": the same in
-        milliseconds a step of all sequences.
+        "prefill": rows {"tokens", "sequences", "student", "teacher"} in tokens a second, without those of more than
+        `prefill_limit_tokens`; "decode": the same in milliseconds a step of all sequences, with "student_state_bytes"
+        and "teacher_state_bytes" of one; None where there is no such model.
     """
+    effort = Effort(
+        steps=settings.new_tokens,
+        seconds=0.0,
+        repeats=settings.repeats,
+        warm_reads=1,
+        read_seconds=float("inf"),
+        read_repeats=settings.repeats,
+    )
     prefill, decode = [], []
     for tokens in settings.lengths:
         for sequences in settings.batch_sequences:
             size: Row = {"tokens": tokens, "sequences": sequences, "student": None, "teacher": None}
-            read, write = dict(size), dict(size)
+            read, write = dict(size), {**size, "student_state_bytes": None, "teacher_state_bytes": None}
             for name, model in models.items():
-                read_s, step_s = _times(model, tokens, sequences, settings, seed)
-                read[name] = tokens * sequences / read_s
-                write[name] = 1000 * step_s
+                for row in measure(
+                    [engine(name, model)],
+                    [Case(sequences, tokens)],
+                    prefill_limit_tokens=settings.prefill_limit_tokens,
+                    effort=effort,
+                    rounds=1,
+                    seed=seed,
+                ):
+                    if "error" in row:
+                        continue
+                    if row["pass"] == "prefill":
+                        read[name] = row["tokens_per_s"]
+                    else:
+                        write[name], write[f"{name}_state_bytes"] = row["ms"], row["state_bytes"]
+                leave(model)
                 task.advance()
-            prefill.append(read)
+            if read["student"] is not None:
+                prefill.append(read)
             decode.append(write)
     return {"prefill": prefill, "decode": decode, "new_tokens": settings.new_tokens, "repeats": settings.repeats}
-
-
-def _times(model: Any, tokens: int, sequences: int, settings: SpeedProbe, seed: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of one step after it."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(model.config.vocab_size, (sequences, tokens), generator=generator).tolist()
-    reads, steps = [], []
-    with torch.inference_mode():
-        for _ in range(settings.repeats + 1):
-            decoder = Decoder(model)
-            started = _now(model)
-            following = decoder.read(prompts).argmax(-1)
-            read = _now(model)
-            for _ in range(settings.new_tokens):
-                following = decoder.step(following).argmax(-1)
-            reads.append(read - started)
-            steps.append((_now(model) - read) / settings.new_tokens)
-    return statistics.median(reads[1:]), statistics.median(steps[1:])
-
-
-def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()

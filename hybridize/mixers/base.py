@@ -18,6 +18,7 @@ from hybridize.families.base import AttentionGeometry, AttentionView
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.parts.documents import document_positions
 from hybridize.mixers.parts.slots import make_writable
+from hybridize.mixers.parts.snapshot import Snapshot
 from hybridize_kernels import rotary
 
 NEW_PARAMETERS = "hz_new"
@@ -42,8 +43,7 @@ class Rope:
 class MixerState(CacheLayerMixin):
     """Decoding state of one mixer; it is a layer of a transformers cache.
 
-    Every tensor of the state has the batch in dimension 0 and lives in `tensors`, so that beams, repetition and
-    selection are done here once.
+    Every tensor has the batch in dimension 0 and lives in `tensors`: beams, repetition and selection are done here.
     """
 
     is_sliding = False
@@ -74,6 +74,18 @@ class MixerState(CacheLayerMixin):
     def bytes_per_sequence(self) -> int:
         """Bytes held for one sequence of the batch."""
         return sum(t.numel() * t.element_size() // max(t.shape[0], 1) for t in self.tensors.values())
+
+    def snapshot(self) -> Snapshot:
+        """The state as it is, copied; what follows `restore` is bit-equal to what followed it."""
+        return Snapshot.of(self.tensors, self.seen_tokens, self.seen_padding)
+
+    def restore(self, saved: Snapshot) -> None:
+        """Goes back to it: in place where sizes agree, so that a captured graph goes on, else in new tensors."""
+        make_writable(self.tensors)
+        for name, x in saved.tensors.items():
+            held = self[name]
+            self[name] = held.copy_(x) if held.shape == x.shape else x.to(held.device, copy=True)
+        self.seen_tokens, self.seen_padding = saved.seen_tokens, saved.seen_padding
 
     # The transformers cache protocol.
 
@@ -113,7 +125,11 @@ class MixerState(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.tensors = {name: t.index_select(0, indices.to(t.device)) for name, t in self.tensors.items()}
+        """In place with as many indices as rows, so that a captured graph goes on; else in new tensors."""
+        make_writable(self.tensors)
+        for name, held in self.tensors.items():
+            rows = held.index_select(0, indices.to(held.device))
+            self[name] = held.copy_(rows) if rows.shape == held.shape else rows
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in self.tensors.items()}
@@ -122,7 +138,7 @@ class MixerState(CacheLayerMixin):
         if tokens_to_remove:
             raise UsageError(
                 "the state of a hybrid cannot be rolled back: evicted and summarised tokens are gone.",
-                hint="Assisted decoding and prompt lookup are not available; start from a saved state instead.",
+                hint="Assisted decoding and prompt lookup need that; to go back, `restore` a `snapshot` of each layer.",
             )
 
     def offload(self) -> None:

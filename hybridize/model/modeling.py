@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hybridize.errors import CheckpointError, UsageError
 from hybridize.families.base import FamilyAdapter
 from hybridize.mixers.base import Mixer, refuse_packing_with
 from hybridize.mixers.configs.base import MixerConfig
 from hybridize.mixers.parts.documents import document_positions
+from hybridize.mixers.parts.preallocated import preallocate
 from hybridize.mixers.registry import config_from_dict, mixer_class
 
 BLOCK_VERSION = 1
@@ -100,6 +102,13 @@ class HybridModelMixin:
 
     cache_argument: str
     """What the base's forward calls its cache: `cache`, or `past_key_values` before transformers 5.24."""
+    hybrid_adapter: FamilyAdapter
+
+    @property
+    def full_attention_layers(self) -> list[int]:
+        """Indices of the layers that keep the teacher's attention."""
+        layers = self.hybrid_adapter.layers(self)  # type: ignore[arg-type]
+        return [i for i, layer in enumerate(layers) if not isinstance(self.hybrid_adapter.attention(layer), Mixer)]
 
     def forward(  # type: ignore[no-untyped-def]
         self,
@@ -147,8 +156,13 @@ class HybridModelMixin:
                 position_ids = positions if position_ids is None else position_ids
                 use_cache = False
                 kwargs.update(cu_seqlens=cu_seqlens, token_positions=positions)
-        if use_cache is None and cache is None and self.training:  # type: ignore[attr-defined]
-            use_cache = False  # a decoding state carries no gradient
+        if use_cache is None and cache is None:
+            # In training none: a decoding state carries no gradient.
+            use_cache = getattr(self.config, "use_cache", False) and not self.training  # type: ignore[attr-defined]
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)  # type: ignore[attr-defined]
+        if cache is not None:
+            preallocate(cache, self.full_attention_layers)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -271,6 +285,7 @@ def hybrid_classes(adapter: FamilyAdapter, module: str = __name__) -> HybridClas
             "__module__": module,
             "config_class": config,
             "__annotations__": {"config": config},
+            "hybrid_adapter": adapter,
             "cache_argument": "cache" if "cache" in takes else "past_key_values",
         },
     )

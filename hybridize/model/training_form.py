@@ -82,13 +82,13 @@ def _layer(layer: Any, attention: Any, hidden_states: Tensor, *args: Any, **kwar
     """A pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
     if args or _has_cache(kwargs):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-    run = partial(_layer_body, layer, attention, **kwargs)
+    run = partial(layer_body, layer, attention, **kwargs)
     if getattr(layer, _RECOMPUTED, False) and layer.training and torch.is_grad_enabled():
         return checkpoint(run, hidden_states, use_reentrant=False)  # type: ignore[no-any-return]
     return run(hidden_states)  # type: ignore[call-arg]
 
 
-def _layer_body(layer: Any, attention: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+def layer_body(layer: Any, attention: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     mlp, after = layer.mlp, layer.post_attention_layernorm
     # The stream goes on with what the norm returns of it: its two gradients meet in the norm's own backward pass.
     normed, hidden_states = _norm(layer.input_layernorm, hidden_states, return_sum=True)

@@ -189,12 +189,20 @@ class BaselinesProbe(Probe):
 
 @dataclass(frozen=True)
 class SpeedProbe(Probe):
-    """How fast prompts are read and tokens written on this machine."""
+    """How fast prompts are read and tokens written on this machine, and what state decoding needs.
+
+    Attributes:
+        lengths, batch_sequences: tokens a sequence, and sequences; every pair is measured.
+        new_tokens: written at each length; the last sees so many.
+        repeats: the median of so many counts.
+        prefill_limit_tokens: prompts of more, over all sequences, are not read: their state is made up.
+    """
 
     lengths: tuple[int, ...] = (1024,)
     batch_sequences: tuple[int, ...] = (1,)
     new_tokens: int = 16
     repeats: int = 3
+    prefill_limit_tokens: int = 2**17
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hybridize.report.names import model_name
 from hybridize.report.page.document import document
 from hybridize.report.results import Results, check_results, read_metrics, read_results
 from hybridize.report.sections import all_sections
-from hybridize.report.tables import SUMMARY_HEADER, Row, summary
+from hybridize.report.tables import DECODE_HEADER, SUMMARY_HEADER, Row, decode_rows, summary
 
 REPORT = "report"
 COMPARISON = "comparison"
@@ -56,6 +56,12 @@ def summary_rows(results: Results) -> list[Row]:
     return list(summary(check_results(results)).rows)
 
 
+def inference_rows(results: Results) -> list[Row]:
+    """Time and state of decoding by context, with a header; empty where nothing was timed."""
+    rows = decode_rows(check_results(results))
+    return [DECODE_HEADER, *rows] if rows else []
+
+
 def _read(results: Results | Path) -> Results:
     return read_results(results) if isinstance(results, Path) else check_results(results)
 
@@ -72,4 +78,4 @@ def _write(out: Path, name: str, title: str, sections: Sequence[Section]) -> lis
         return [write_whole(out / file, text) for file, text in texts.items()]
 
 
-__all__ = ["SUMMARY_HEADER", "render", "render_comparison", "summary_rows"]
+__all__ = ["SUMMARY_HEADER", "inference_rows", "render", "render_comparison", "summary_rows"]

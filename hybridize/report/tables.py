@@ -97,6 +97,27 @@ def _cost_rows(results: Results) -> list[Row]:
     return rows
 
 
+DECODE_HEADER: Row = ("one step at", "student", "teacher", "student : teacher", "its state", "teacher's state")
+
+
+def decode_rows(results: Results) -> list[Row]:
+    """A row for each measured length: milliseconds a step of all sequences, and the state of one."""
+    return [
+        (
+            f"{row['sequences']} × {tokens(row['tokens'])} tokens",
+            f"{rounded(row['student'])} ms",
+            ABSENT if row["teacher"] is None else f"{rounded(row['teacher'])} ms",
+            over_teacher(row),
+            *(_state_cell(row.get(f"{name}_state_bytes")) for name in ("student", "teacher")),
+        )
+        for row in (probe(results, "speed") or {"decode": []})["decode"]
+    ]
+
+
+def _state_cell(num_bytes: int | None) -> str:
+    return ABSENT if num_bytes is None else size(num_bytes)
+
+
 def over_teacher(row: Mapping[str, Any]) -> str:
     """Student over teacher of two plain numbers."""
     return f"× {row['student'] / row['teacher']:.2f}" if row["student"] and row["teacher"] else ABSENT

@@ -5,7 +5,7 @@ Knows nothing of models: tensors in, tensors out, laid out `[batch, time, heads,
 
 from .column_statistics import attention_log_sum_exp, column_statistics
 from .delta_gates import delta_gates
-from .dispatch import use_implementation
+from .dispatch import early_launches, use_implementation
 from .distillation_loss import distillation_loss, top_k_distillation_loss, top_k_targets
 from .gate_gradient import gate_gradient
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -14,9 +14,11 @@ from .gated_rms_norm import gated_rms_norm
 from .lora_linear import LoraProjection, lora_linear
 from .native_sparse_attention import native_sparse_attention
 from .native_sparse_decode import native_sparse_decode
+from .norm_linear import norm_linear
 from .retained_attention import eviction_position, retained_attention
 from .retained_decode import retained_decode
 from .retention_decision import RetentionDecision, retention_decision
+from .retention_scores_step import retention_scores_step
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .short_convolution import short_convolution, short_convolution_step, short_convolutions
@@ -30,6 +32,7 @@ __all__ = [
     "column_statistics",
     "delta_gates",
     "distillation_loss",
+    "early_launches",
     "eviction_position",
     "gate_gradient",
     "gated_delta_rule",
@@ -39,9 +42,11 @@ __all__ = [
     "lora_linear",
     "native_sparse_attention",
     "native_sparse_decode",
+    "norm_linear",
     "retained_attention",
     "retained_decode",
     "retention_decision",
+    "retention_scores_step",
     "rms_norm",
     "rotary",
     "short_convolution",

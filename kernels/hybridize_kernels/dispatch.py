@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = find_spec("triton") is not None
 _forced: ContextVar[Implementation | None] = ContextVar("hybridize_kernels_implementation", default=None)
+_early: ContextVar[bool] = ContextVar("hybridize_kernels_early_launches", default=False)
 
 
 @contextmanager
@@ -74,6 +75,23 @@ def is_nvidia() -> bool:
 def is_hopper(device: int) -> bool:
     """Whether the GPU of this index (−1: the CPU) has Hopper's matrix units."""
     return device >= 0 and is_nvidia() and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@contextmanager
+def early_launches() -> Iterator[None]:
+    """Kernels of decoding steps called inside the block begin while the one before them still runs, where the GPU can
+    (programmatic dependent launch, Hopper). Until it has ended they read nothing but weights and decoding states: for
+    blocks in which no state is stepped twice and no weight is written."""
+    token = _early.set(True)
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
+def launches_early(tensor: torch.Tensor) -> bool:
+    """Whether a kernel on this tensor's device is to begin early: compiled with waits, launched with `early_option`."""
+    return _early.get() and is_hopper(tensor.get_device())
 
 
 def multiprocessors(device: int) -> int:

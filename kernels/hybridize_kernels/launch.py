@@ -16,12 +16,19 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from .dispatch import is_nvidia
+from .dispatch import early_launches, is_nvidia, launches_early
+
+__all__ = ["Launch", "early_launches", "early_option", "launch", "launches_early", "remembers"]
 
 MOST = 4096
 """Launches remembered by `launch`; texts of ever new lengths make ever new ones."""
 
 _remembered: dict[tuple[Any, ...], Launch] = {}
+
+
+def early_option(early: bool) -> dict[str, Any]:
+    """The option of a launch that other backends do not know."""
+    return {"launch_pdl": True} if early else {}
 
 
 class Launch:

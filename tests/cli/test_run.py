@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,11 +97,11 @@ def test_generate_continues_after_the_prompt_and_not_after_an_end(finished: Path
     from transformers import AutoTokenizer
 
     from hybridize.cli.output import Output
-    from hybridize.cli.talk import Sampling, Talker
+    from hybridize.cli.talk import Talker, Talking
 
     folder = tmp_path / "model"
     shutil.copytree(finished / "converted", folder)
-    talker = Talker(str(folder), Sampling(4), dtype="float32", output=Output(verbosity=-1, as_json=True), offline=True)
+    talker = Talker(str(folder), Talking(4), output=Output(verbosity=-1, as_json=True), offline=True)
     expected = talker.complete("the sea")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.eos_token
@@ -112,17 +111,10 @@ def test_generate_continues_after_the_prompt_and_not_after_an_end(finished: Path
     )
     inner.save(str(folder / "tokenizer.json"))
     replace_in_manifest(folder, ["tokenizer.json"])
-    ending = Talker(str(folder), Sampling(4), dtype="float32", output=Output(verbosity=-1, as_json=True), offline=True)
+    ending = Talker(str(folder), Talking(4), output=Output(verbosity=-1, as_json=True), offline=True)
     assert ending.tokenizer("the sea")["input_ids"][-1] == tokenizer.eos_token_id
     said = ending.complete("the sea")
     assert (said["text"], said["prompt_tokens"]) == (expected["text"], expected["prompt_tokens"])
-
-
-@pytest.mark.parametrize(("pad", "eos", "chosen"), [(0, 2, 0), (None, 0, 0), (None, 2, 2), (3, 2, 3), (None, None, 0)])
-def test_the_pad_token_may_be_number_0(pad: int | None, eos: int | None, chosen: int) -> None:
-    from hybridize.cli.talk import _pad_id
-
-    assert _pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == chosen
 
 
 def test_verify_of_a_teacher_with_a_manifest_of_its_own(invoke: Invoke, project: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybridize.cli.output import Output
-from hybridize.cli.talk import Sampling, Talker
+from hybridize.cli.talk import Talker, Talking
 from hybridize.distillation.run import use_bfloat16
 from hybridize.errors import ResourceError, UsageError
 from hybridize.evaluation import runner
@@ -178,5 +178,5 @@ def test_talking_uses_the_same_type(monkeypatch: pytest.MonkeyPatch, native: boo
     monkeypatch.setattr("hybridize.model.load.load_any", load)
     monkeypatch.setattr("hybridize.model.load.load_tokenizer", lambda model, offline: None)
     monkeypatch.setattr("hybridize.model.precision.computes_bfloat16", lambda device: native)
-    Talker("model", Sampling(), dtype="auto", output=Output(), offline=True)
+    Talker("model", Talking(dtype="auto"), output=Output(), offline=True)
     assert asked == [torch.bfloat16 if native else torch.float32]

@@ -172,6 +172,23 @@ def test_a_reserved_state_stays_where_it_is() -> None:
         assert all((tensor == 0).all() for tensor in state.tensors.values())
 
 
+@torch.no_grad()
+def test_slots_reserved_since_outlive_the_return_to_a_saved_state() -> None:
+    layer, cache = OneLayer(SMALL), DynamicCache()
+    layer.disturb()
+    x = layer.hidden_states(2, 30)
+    layer.pieces(x[:, :9], cache, [8, 1])
+    state = cache.layers[LAYER]
+    saved = state.snapshot()
+    state.reserve(32)
+    held = {name: tensor.data_ptr() for name, tensor in state.tensors.items()}
+    layer.pieces(layer.hidden_states(2, 12), cache, [1, 11])
+    state.restore(saved)
+    assert (state["keys"][:, 9:] == 0).all()
+    torch.testing.assert_close(layer.pieces(x[:, 9:], cache, [1, 20]), layer(x)[:, 9:], **TOLERANCE)
+    assert {name: tensor.data_ptr() for name, tensor in state.tensors.items()} == held
+
+
 @with_compression
 def test_a_gradient_flows_through_tokens_that_are_appended(config: NativeSparseAttentionConfig) -> None:
     layer = OneLayer(config)

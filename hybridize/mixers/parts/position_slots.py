@@ -6,11 +6,15 @@ in slot p, whatever padding came before it; a block is pooled once, when its las
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hybridize.mixers.base import MixerState
 from hybridize.mixers.parts.slots import make_writable
+from hybridize.mixers.parts.snapshot import Snapshot
 
 
 class PositionState(MixerState):
@@ -35,11 +39,20 @@ class PositionState(MixerState):
 
     def reserve(self, slots: int) -> None:
         """Makes room once for all that is to come: no step moves the state from then on, nor does a reset, so that a
-        captured graph may go on with it."""
+        captured graph may go on with it. slots: what the configuration's `capacity` says of the tokens to come."""
         make_writable(self.tensors)
         self.make_room(-(-slots // self.block_tokens) * self.block_tokens)
         for name in self._sizes(slots):
             self._shapes[name] = self[name].shape[1:]
+
+    def restore(self, saved: Snapshot) -> None:
+        """As the base; slots that were reserved meanwhile stay, empty."""
+        tensors = dict(saved.tensors)
+        for name in self._sizes(0):
+            missing = self._shapes[name][0] - tensors[name].shape[1]
+            if missing > 0:
+                tensors[name] = F.pad(tensors[name], (0, 0, 0, 0, 0, missing))
+        super().restore(replace(saved, tensors=tensors))
 
     def store(
         self, k: Tensor, v: Tensor, positions: Tensor, padded: bool, pooling: dict[str, Tensor]

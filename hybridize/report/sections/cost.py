@@ -12,7 +12,7 @@ from hybridize.report.charts.scale import Axis
 from hybridize.report.numbers import rounded, size, tokens
 from hybridize.report.pairs import by_length, says_nothing
 from hybridize.report.results import Results, probe
-from hybridize.report.tables import Table, over_teacher
+from hybridize.report.tables import DECODE_HEADER, Table, decode_rows, over_teacher
 
 
 def cost(results: Results) -> Section:
@@ -25,6 +25,10 @@ def cost(results: Results) -> Section:
         blocks += _quality(state, recall) if recall else ()
     if speed := probe(results, "speed"):
         blocks += _speed(speed)
+        note = (
+            "Milliseconds a step of all sequences, and bytes of the state of one. Measured on the machine named below."
+        )
+        blocks.append(Table("Decode", DECODE_HEADER, decode_rows(results), note))
     return Section("Memory and speed", blocks)
 
 
@@ -72,19 +76,15 @@ def _quality(state: Mapping[str, Any], recall: Mapping[str, Any]) -> Iterator[Bl
 
 
 def _speed(speed: Mapping[str, Any]) -> Iterator[Block]:
-    for kind, title, unit in (
-        ("prefill", "Speed of prefill", "tokens a second; more is better"),
-        ("decode", "Speed of decode", "milliseconds a step of all sequences; less is better"),
-    ):
-        rows = [
-            (
-                f"{row['sequences']} × {tokens(row['tokens'])} tokens",
-                rounded(row["student"]),
-                rounded(row["teacher"]),
-                over_teacher(row),
-            )
-            for row in speed[kind]
-        ]
-        if rows:
-            note = f"In {unit}. Measured on the machine named below, median of several passes."
-            yield Table(title, ("sequences × context", "student", "teacher", "student : teacher"), rows, note)
+    rows = [
+        (
+            f"{row['sequences']} × {tokens(row['tokens'])} tokens",
+            rounded(row["student"]),
+            rounded(row["teacher"]),
+            over_teacher(row),
+        )
+        for row in speed["prefill"]
+    ]
+    if rows:
+        note = "In tokens a second; more is better. Measured on the machine named below, median of several passes."
+        yield Table("Prefill", ("sequences × context", "student", "teacher", "student : teacher"), rows, note)

@@ -159,13 +159,17 @@ def gated_delta_rule_step(
     norm_epsilon: float | None = None,
     output_scale: Tensor | None = None,
     gate: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Takes T tokens into the states `[S, HS, K, V]`, in place, and returns `[B, T, HS, V]` in v's dtype.
 
     q: `[B, T, HQ, K]`; k: `[B, T, H, K]`; v: `[B, T, HV, V]`; log_decay, beta: `[B, T, HS]`, raw where decay_rate and
     decay_bias `[HS]`, or beta_ceiling, are given; slots: `[B]`, −1 for a row that is left out; real: `[B, T]`, False
-    for padding; output_scale: `[HS, V]`; gate: `[B, T, HS, V]`.
+    for padding; output_scale: `[HS, V]`; gate: `[B, T, HS, V]`; rotary: cos and sin `[B or 1, T, R]`, given where q
+    and k are those before RoPE.
     """
+    if rotary is not None:
+        q, k = (_rotated(x, *(table.unsqueeze(2) for table in rotary)) for x in (q, k))
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     batch, time, _, key_size = k.shape
     heads, value_size = state.shape[1], state.shape[3]
@@ -214,6 +218,14 @@ def gated_delta_rule_step(
         if gate is not None:
             out = out * (2.0 * torch.sigmoid(gate.to(dtype)))
     return out.masked_fill(~there[..., None], 0.0).to(v.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As the op `rotary`, bit for bit: a pair's two numbers lie R/2 apart, what follows the first R passes through."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    y = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.cat((y, rest), dim=-1)
 
 
 def _put_back(state: Tensor, slots: Tensor, new: Tensor) -> None:

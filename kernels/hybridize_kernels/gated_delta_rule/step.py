@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import check_shape, choose, untraced
+from ..rotary.tables import check_tables
 from .eager import gated_delta_rule_step as _eager
 from .step_reference import gated_delta_rule_step as _reference
 
@@ -35,6 +36,7 @@ def gated_delta_rule_step(
     norm_epsilon: float | None = None,
     output_scale: Tensor | None = None,
     gate: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Walks the states over T tokens, in place, and returns what the queries see of them, finished if asked for.
 
@@ -59,6 +61,8 @@ def gated_delta_rule_step(
         real: `[B, T]` bool. Where False is padding, which may hold anything: the state stays, the output is 0.
         norm_epsilon: given, each head's output is normalised by its root mean square over V.
         output_scale: `[HS, V]`. gate: `[B, T, HS, V]`.
+        rotary: cos and sin `[B or 1, T, R]`, R even and at most K. Given, q and k are those before RoPE, and the step
+            rotates both first, as the op `rotary` of the same form does, before it normalises them.
 
     Returns:
         `[B, T, HS, V]`, in the type of v. There is no gradient.
@@ -80,6 +84,7 @@ def gated_delta_rule_step(
     ):
         if tensor is not None:
             check_shape(op, name, tensor, expected)
+    check_tables(op, rotary, q.shape[0], q.shape[1], state.shape[2])
     if (decay_rate is None) != (decay_bias is None):
         raise ValueError(f"{op}: decay_rate and decay_bias are given together or not at all")
     options: dict[str, Any] = {
@@ -93,9 +98,10 @@ def gated_delta_rule_step(
         "norm_epsilon": norm_epsilon,
         "output_scale": output_scale,
         "gate": gate,
+        "rotary": rotary,
     }
     fits = q.shape[1] <= MAX_TOKENS and max(state.shape[2:]) <= MAX_HEAD_SIZE
-    floats = (q, k, v, log_decay, beta, state, decay_rate, decay_bias, output_scale, gate)
+    floats = (q, k, v, log_decay, beta, state, decay_rate, decay_bias, output_scale, gate, *(rotary or ()))
     form = choose(op, *floats, has_kernel=True, kernel_fits=fits)
     if form == "triton":
         from .step_kernel import gated_delta_rule_step as kernel  # imports Triton, which need not be there

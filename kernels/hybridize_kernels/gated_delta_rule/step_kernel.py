@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import early_option, launch, launches_early
+from ..rotary.inside import tables_of
+from .step_token import decay_of_head, finish, gates, load_finish, load_token, of_token
 
 
 class Tile(NamedTuple):
@@ -64,6 +66,7 @@ def gated_delta_rule_step(
     norm_epsilon: float | None = None,
     output_scale: Tensor | None = None,
     gate: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
     key_last: bool = False,
 ) -> Tensor:
@@ -87,8 +90,10 @@ def gated_delta_rule_step(
         norm_epsilon=norm_epsilon,
         output_scale=output_scale,
         gate=gate,
+        rotary=rotary,
         tile=tile,
         key_last=key_last,
+        early=launches_early(state),
     )
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)  # autograd does not see what a kernel writes
@@ -134,12 +139,17 @@ def _run(
     norm_epsilon: float | None = None,
     output_scale: Tensor | None = None,
     gate: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
     key_last: bool = False,
+    early: bool = False,
 ) -> None:
-    """One launch from the initial state (None: zeros) to the final one (None: not kept), which may be the same."""
+    """One launch from the initial state (None: zeros) to the final one (None: not kept), which may be the same.
+
+    early: it may begin before the kernel before it has ended; that one does not write the initial state.
+    """
     q, k, v = (_rows_of_heads(x) for x in inputs[:3])
-    log_decay, beta = (x.contiguous() for x in inputs[3:])
+    log_decay, beta = (x if x.stride(2) == 1 else x.contiguous() for x in inputs[3:])
     batch, time, heads, value_size = output.shape
     key_size = k.shape[3]
     if batch * heads * value_size == 0:
@@ -149,22 +159,31 @@ def _run(
     columns, warps = tile or tile_of(key_size, value_size, batch * heads, itemsize=itemsize, whole_head=normed)
     tiles = triton.cdiv(value_size, columns)
     absent = output  # stands for what is not given, and is not looked at
-    given = (decay_rate, decay_bias, real, slots, output_scale, gate, initial, final)
+    tables = tables_of(rotary, absent)
+    gated, gate = gate is not None, absent if gate is None else _rows_of_heads(gate)
+    given = (decay_rate, decay_bias, real, slots, output_scale)
     launch(
         _step_kernel,
         # The longest axis goes first: the others end at 65535.
         (batch * heads, 1 if normed else tiles),
-        (q, k, v, log_decay, beta, *(absent if x is None else x.contiguous() for x in given), output),
+        (
+            *(q, k, v, log_decay, beta, gate, tables.cos, tables.sin),
+            *(absent if x is None else x.contiguous() for x in given),
+            *(absent if x is None else x for x in (initial, final)),
+            output,
+        ),
         (
             key_size**-0.5 if scale is None else float(scale),
             0.0 if beta_ceiling is None else float(beta_ceiling),
             0.0 if norm_epsilon is None else float(norm_epsilon),
             time,
             heads,
-            *(stride for x in (q, k, v) for stride in x.stride()[:2]),
+            *(stride for x in (q, k, v, log_decay, beta, gate) for stride in x.stride()[:2]),
+            *(tables.row, tables.token),
         ),
         K=key_size,
         V=value_size,
+        R=tables.size,
         QUERY_GROUP=heads // q.shape[2],
         KEY_GROUP=heads // k.shape[2],
         VALUE_GROUP=heads // v.shape[2],
@@ -182,100 +201,38 @@ def _run(
         HAS_REAL=real is not None,
         NORMED=normed,
         SCALED=output_scale is not None,
-        GATED=gate is not None,
+        GATED=gated,
         KEY_LAST=key_last,
+        EARLY=early,
         num_warps=warps,
+        **early_option(early),
     )
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:
     """x `[B, T, H, D]` itself if a token's heads lie one after the other, as in a share of a wider projection."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+    in_line = x.shape[2] == 1 or x.stride(2) == x.shape[3]
+    return x if x.stride(3) == 1 and in_line else x.contiguous()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_token(
-    t,
-    time,
-    live,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    log_decay_ptr,
-    beta_ptr,
-    real_ptr,
-    heads,
-    q_token,
-    k_token,
-    v_token,
-    rows,
-    columns,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    HAS_REAL: tl.constexpr,
-):
-    """Whether there is a token t, and what it says: nothing is read of one that is not, which may hold anything."""
-    there = live & (t < time)
-    if HAS_REAL:
-        there = there & tl.load(real_ptr + t, mask=t < time, other=0).to(tl.int1)
-    query = tl.load(q_ptr + t * q_token + rows, mask=(rows < K) & there, other=0.0)
-    key = tl.load(k_ptr + t * k_token + rows, mask=(rows < K) & there, other=0.0)
-    value = tl.load(v_ptr + t * v_token + columns, mask=(columns < V) & there, other=0.0)
-    log_decay = tl.load(log_decay_ptr + t * heads, mask=there, other=0.0)
-    beta = tl.load(beta_ptr + t * heads, mask=there, other=0.0)
-    return there, query, key, value, log_decay, beta
+STRIDES = [f"{name}_{of}" for name in ("q", "k", "v", "log_decay", "beta", "gate", "cos") for of in ("row", "token")]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gates(there, log_decay, beta, rate, bias, beta_ceiling, RAW_DECAY: tl.constexpr, RAW_BETA: tl.constexpr):
-    """a and b; 1 and 0, which leave the state as it is, where no token is."""
-    log_decay, beta = log_decay.to(tl.float32), beta.to(tl.float32)
-    if RAW_DECAY:
-        log_decay += bias
-        # softplus, in a form that does not overflow
-        log_decay = -rate * (tl.maximum(log_decay, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(log_decay))))
-    if RAW_BETA:
-        beta = beta_ceiling * tl.sigmoid(beta)
-    return tl.where(there, tl.exp(log_decay), 1.0), tl.where(there, beta, 0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _finish(
-    result,
-    there,
-    gate_ptr,
-    output_scale_ptr,
-    columns,
-    epsilon,
-    V: tl.constexpr,
-    NORMED: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """Norm over all columns, scale and gate of a token's output."""
-    if NORMED:
-        result = result * tl.rsqrt(tl.sum(result * result, axis=0) / V + epsilon)
-    if SCALED:
-        result = result * tl.load(output_scale_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
-    if GATED:
-        gate = tl.load(gate_ptr + columns, mask=(columns < V) & there, other=0.0).to(tl.float32)
-        result = result * (2.0 * tl.sigmoid(gate))
-    return tl.where(there, result, 0.0)
-
-
-@triton.jit(do_not_specialize=["time", "heads", "q_row", "q_token", "k_row", "k_token", "v_row", "v_token"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["time", "heads", *STRIDES])  # type: ignore[untyped-decorator]
 def _step_kernel(
     q_ptr,  # [B, T, HQ, K], as k and v with strides of rows and tokens
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, HV, V]
-    log_decay_ptr,  # [B, T, HS]
+    log_decay_ptr,  # [B, T, HS], as beta with strides of rows and tokens
     beta_ptr,
+    gate_ptr,  # [B, T, HS, V], with strides of rows and tokens
+    cos_ptr,  # [B or 1, T, R], as sin with strides of rows and tokens
+    sin_ptr,
     decay_rate_ptr,  # [HS]
     decay_bias_ptr,
     real_ptr,  # [B, T]
     slots_ptr,  # [B]
     output_scale_ptr,  # [HS, V]
-    gate_ptr,  # [B, T, HS, V]
     initial_ptr,  # [S, HS, K, V], or [S, HS, V, K]
     final_ptr,
     output_ptr,  # [B, T, HS, V]
@@ -290,8 +247,17 @@ def _step_kernel(
     k_token,
     v_row,
     v_token,
+    log_decay_row,
+    log_decay_token,
+    beta_row,
+    beta_token,
+    gate_row,
+    gate_token,
+    cos_row,
+    cos_token,
     K: tl.constexpr,
     V: tl.constexpr,
+    R: tl.constexpr,  # numbers of a query or key that are rotated
     QUERY_GROUP: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
@@ -311,30 +277,35 @@ def _step_kernel(
     SCALED: tl.constexpr,
     GATED: tl.constexpr,
     KEY_LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % heads
     row = (tl.program_id(0) // heads).to(tl.int64)  # offsets pass 2**31 long before memory ends
     slot = row
     if HAS_SLOTS:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         slot = tl.load(slots_ptr + row).to(tl.int64)
     live = slot >= 0
     q_ptr += row * q_row + head // QUERY_GROUP * K
     k_ptr += row * k_row + head // KEY_GROUP * K
     v_ptr += row * v_row + head // VALUE_GROUP * V
-    token = row * time * heads + head
-    log_decay_ptr += token
-    beta_ptr += token
-    gate_ptr += token * V
-    output_ptr += token * V
+    log_decay_ptr += row * log_decay_row + head
+    beta_ptr += row * beta_row + head
+    gate_ptr += row * gate_row + head * V
+    cos_ptr += row * cos_row
+    sin_ptr += row * cos_row
+    output_ptr += (row * time * heads + head) * V
     output_scale_ptr += head * V
     real_ptr += row * time
     initial_ptr += (slot * heads + head) * (K * V)
     final_ptr += (slot * heads + head) * (K * V)
-    rate, bias = 0.0, 0.0
-    if RAW_DECAY:
-        rate = tl.exp(tl.load(decay_rate_ptr + head).to(tl.float32))
-        bias = tl.load(decay_bias_ptr + head).to(tl.float32)
+    if not EARLY:
+        rate, bias = decay_of_head(decay_rate_ptr, decay_bias_ptr, head, RAW_DECAY)
     rows = tl.arange(0, BLOCK_K)
+    FINISH_GATED: tl.constexpr = GATED and TILES == 1
 
     for part in range(TILES):
         columns = (tl.program_id(1) * TILES + part) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -345,20 +316,29 @@ def _step_kernel(
             place = rows[:, None] * V + columns[None, :]
         # All that the first token needs is on its way before any of it is waited for.
         if HAS_INITIAL:
-            state = tl.load(initial_ptr + place, mask=in_state, other=0.0).to(tl.float32)
+            state = tl.load(initial_ptr + place, mask=in_state, other=0.0)
         else:
             state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
-        there, query, key, value, log_decay, beta = _load_token(
-            0, time, live, q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, real_ptr, heads, q_token, k_token, v_token,
-            rows, columns, K, V, HAS_REAL,
+        if EARLY:
+            # Of all that is read, the state alone does not hang on the kernel before this one; it also takes longest.
+            tl.extra.cuda.gdc_wait()
+            rate, bias = decay_of_head(decay_rate_ptr, decay_bias_ptr, head, RAW_DECAY)
+        state = state.to(tl.float32)
+        output_scale = load_finish(output_scale_ptr, columns, live, V, SCALED and TILES == 1)
+        there, query, key, value, log_decay, beta, gate = load_token(
+            0, time, live, q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, real_ptr, gate_ptr, cos_ptr, sin_ptr,
+            q_token, k_token, v_token, log_decay_token, beta_token, gate_token, cos_token, rows, columns,
+            K, V, R, HAS_REAL, FINISH_GATED,
         )  # fmt: skip
         for t in range(1 if SINGLE else time):
-            now, q, k, v = there, query.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
-            a, b = _gates(there, log_decay, beta, rate, bias, beta_ceiling, RAW_DECAY, RAW_BETA)
+            now, gate_now = there, gate
+            q, k, v = of_token(now, query, HAS_REAL), of_token(now, key, HAS_REAL), of_token(now, value, HAS_REAL)
+            a, b = gates(there, log_decay, beta, rate, bias, beta_ceiling, RAW_DECAY, RAW_BETA)
             if not SINGLE:
-                there, query, key, value, log_decay, beta = _load_token(
-                    t + 1, time, live, q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, real_ptr, heads, q_token, k_token,
-                    v_token, rows, columns, K, V, HAS_REAL,
+                there, query, key, value, log_decay, beta, gate = load_token(
+                    t + 1, time, live, q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, real_ptr, gate_ptr,
+                    cos_ptr, sin_ptr, q_token, k_token, v_token, log_decay_token, beta_token, gate_token, cos_token,
+                    rows, columns, K, V, R, HAS_REAL, FINISH_GATED,
                 )  # fmt: skip
             if NORMALIZE:
                 q = q * tl.rsqrt(tl.sum(q * q, axis=0) + 1e-6)
@@ -369,9 +349,7 @@ def _step_kernel(
             state = a * state + k[:, None] * u[None, :]
             result = scale * (a * seen + tl.sum(k * q, axis=0) * u)
             if TILES == 1:
-                result = _finish(
-                    result, now, gate_ptr + t * heads * V, output_scale_ptr, columns, epsilon, V, NORMED, SCALED, GATED
-                )
+                result = finish(result, now, gate_now, output_scale, epsilon, V, NORMED, SCALED, GATED)
             tl.store(output_ptr + t * heads * V + columns, result.to(output_ptr.dtype.element_ty), mask=columns < V)
         if STORE_FINAL:
             tl.store(final_ptr + place, state.to(final_ptr.dtype.element_ty), mask=in_state)
@@ -380,13 +358,13 @@ def _step_kernel(
         # Other threads wrote what is read again here.
         tl.debug_barrier()
         columns = tl.arange(0, BLOCK_OUTPUT)
+        output_scale = load_finish(output_scale_ptr, columns, live, V, SCALED)
         for t in range(1 if SINGLE else time):
             there = live
             if HAS_REAL:
                 there = there & tl.load(real_ptr + t).to(tl.int1)
             output = output_ptr + t * heads * V + columns
             result = tl.load(output, mask=columns < V, other=0.0).to(tl.float32)
-            result = _finish(
-                result, there, gate_ptr + t * heads * V, output_scale_ptr, columns, epsilon, V, NORMED, SCALED, GATED
-            )
+            gate = load_finish(gate_ptr + t * gate_token, columns, there, V, GATED)
+            result = finish(result, there, gate, output_scale, epsilon, V, NORMED, SCALED, GATED)
             tl.store(output, result.to(output_ptr.dtype.element_ty), mask=columns < V)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..rotary.reference import rotary as rotate
+
 
 @torch.no_grad()
 def gated_delta_rule_step(
@@ -23,8 +25,11 @@ def gated_delta_rule_step(
     norm_epsilon: float | None = None,
     output_scale: Tensor | None = None,
     gate: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.gated_delta_rule_step`; what the other forms must equal."""
+    if rotary is not None:
+        q, k = rotate(q, k, *rotary)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     batch, time = q.shape[:2]
     heads, value_size = state.shape[1], state.shape[3]

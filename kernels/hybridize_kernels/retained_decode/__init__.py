@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch import check_shape, choose, untraced
+from ..rotary.tables import check_tables
 from .eager import retained_decode as _eager
 from .reference import retained_decode as _reference
 
@@ -32,6 +33,7 @@ def retained_decode(
     fresh_score: Tensor | None = None,
     margin: int = 0,
     workspace: dict[str, Tensor] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Takes one new token a row into the cache and attends from it; equals `retained_attention` at every step.
 
@@ -47,7 +49,8 @@ def retained_decode(
     Without scores nothing but the sinks is retained: C is `sinks`, and the sink at position j lies in slot W + j.
 
     Args:
-        q: `[B, 1, HQ, D]`. k, v: `[B, 1, H, D]`; H divides HQ; rotary positions already applied.
+        q: `[B, 1, HQ, D]`. k, v: `[B, 1, H, D]`; H divides HQ. Rows of any of them may lie apart, as in slices of one
+            projection. Rotary positions are applied already, unless `rotary` is given.
         keys, values: `[B, H, W + C, D]`, contiguous, updated in place.
         last_position: `[B]` int32, −1 for an empty row, updated in place.
         window: W, tokens, the query itself included. sinks: tokens, at most C.
@@ -59,6 +62,8 @@ def retained_decode(
         fresh_score: `[B, H]` float32. margin: tokens, at most W.
         workspace: a dictionary that belongs to this cache, in which the kernel leaves its scratch memory from one step
             for the next. None: every step makes its own.
+        rotary: cos and sin `[B or 1, 1, R]`, R even and at most D. Given, q and k are those before RoPE, and the step
+            rotates both first, as the op `rotary` of the same form does.
 
     Returns:
         `[B, 1, HQ, D]`, in the type of q. There is no gradient.
@@ -97,9 +102,10 @@ def retained_decode(
         raise ValueError(f"{op}: scores, retained_positions and num_retained are given together or not at all")
     if scores is None and (capacity != sinks or fresh_score is not None):
         raise ValueError(f"{op}: without scores there are as many slots beside the window as sinks, and no fresh_score")
+    check_tables(op, rotary, batch, 1, head_size)
     tile = (1 << (query_heads // heads - 1).bit_length()) * (1 << (head_size - 1).bit_length())
     fits = head_size <= MAX_HEAD_SIZE and tile <= MAX_TILE
-    form = choose(op, q, k, v, keys, values, has_kernel=True, kernel_fits=fits)
+    form = choose(op, q, k, v, keys, values, *(rotary or ()), has_kernel=True, kernel_fits=fits)
     options: dict[str, Any] = {
         "window": window,
         "sinks": sinks,
@@ -110,6 +116,7 @@ def retained_decode(
         "num_retained": num_retained,
         "fresh_score": fresh_score,
         "margin": margin,
+        "rotary": rotary,
     }
     if form == "triton":
         from .kernel import retained_decode as kernel  # imports Triton, which need not be there

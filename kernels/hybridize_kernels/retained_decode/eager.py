@@ -27,13 +27,17 @@ def retained_decode(
     fresh_score: Tensor | None = None,
     margin: int = 0,
     workspace: dict[str, Tensor] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Takes one token a row into a cache `[B, H, W + C, D]` (updated in place) and attends from it.
 
     q: `[B, 1, HQ, D]`; k, v: `[B, 1, H, D]`; last_position: `[B]`; positions: `[B, 1]`, −1 for padding; scores:
     `[B, H, W + C]`, retained_positions: `[B, H, C]`, num_retained: `[B, H]`, fresh_score: `[B, H]` or None. Slots
     [0, W) are a ring, position p in slot p mod W; the others hold retained tokens. The workspace is not needed here.
+    rotary: cos and sin `[B or 1, 1, R]`, given where q and k are those before RoPE.
     """
+    if rotary is not None:
+        q, k = (_rotated(x, *(table.unsqueeze(2) for table in rotary)) for x in (q, k))
     batch, _, query_heads, head_size = q.shape
     heads, slots = keys.shape[1:3]
     position = positions.long()[:, :, None]  # [B, 1, 1], as `real`, `ring` and `leaving`
@@ -68,10 +72,18 @@ def retained_decode(
     slot = torch.arange(slots, device=q.device)
     # [B, 1 | H, S]: the ring as far as it is filled, and the retained slots.
     seen = torch.where(slot < window, slot <= position, slot < window + num_slots)
-    group = q.view(batch, heads, query_heads // heads, head_size)
+    group = q.reshape(batch, heads, query_heads // heads, head_size)
     mask = (seen | ~real)[:, :, None].expand(-1, heads, -1, -1)
     output = F.scaled_dot_product_attention(group, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask, scale=scale)
     return output.masked_fill(~real[..., None], 0.0).reshape(q.shape)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As the op `rotary`, bit for bit: a pair's two numbers lie R/2 apart, what follows the first R passes through."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    y = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.cat((y, rest), dim=-1)
 
 
 def _admit(

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import early_option, launch, launches_early
+from ..rotary.inside import load_angles, load_rotated, tables_of
+from .softmax import NO_LOGIT, add_tile, join_splits
 
 SETTINGS_VARIABLE = "HYBRIDIZE_RETAINED_DECODE"
 """Environment variable that overrides the table below: "block_slots,num_warps,num_stages,num_programs"."""
@@ -20,16 +22,17 @@ SETTINGS_VARIABLE = "HYBRIDIZE_RETAINED_DECODE"
 # By bytes of one key in memory, at most: slots a tile, warps, stages, and the programs to aim at (two for each of the
 # 132 processors of an H100). Chosen by bandwidth there.
 SETTINGS = {
-    128: (64, 2, 3, 264),
+    128: (64, 4, 3, 264),
     256: (64, 4, 4, 264),
     512: (32, 4, 2, 264),
     1024: (16, 4, 2, 264),
 }
+SHORT_SLOTS = 1024
+"""A cache of so many slots at most is shared out half as far: to join its parts takes longer than to read them."""
 MAX_SPLITS = 64
 MAX_SCORES = 1024
 """Retained scores that are compared at once."""
 SCRATCH = "retained_decode"
-NO_LOGIT = tl.constexpr(-1e30)  # finite, so that the difference of two of them is a number
 LOG2_E = 1.4426950408889634
 
 
@@ -46,6 +49,8 @@ def num_splits(keys: Tensor) -> int:
     """Programs a key head of keys `[B, H, W + C, D]`: one where rows and heads alone fill the GPU."""
     batch, heads, slots, head_size = keys.shape
     block, _, _, programs = settings(head_size * keys.element_size())
+    if slots <= SHORT_SLOTS and SETTINGS_VARIABLE not in os.environ:
+        programs //= 2
     wanted = -(-programs // max(batch * heads, 1))
     return max(1, min(wanted, -(-slots // block), MAX_SPLITS))
 
@@ -90,28 +95,27 @@ def retained_decode(
     fresh_score: Tensor | None = None,
     margin: int = 0,
     workspace: dict[str, Tensor] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.retained_decode`."""
     batch, _, query_heads, head_size = q.shape
     heads, slots = keys.shape[1:3]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    output = torch.empty_like(q)
+    (q, q_row), (k, k_row), (v, v_row) = (_rows_of_heads(x) for x in (q, k, v))
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch * head_size == 0:
         return output
     group, capacity = query_heads // heads, slots - window
     block, num_warps, num_stages, _ = settings(head_size * keys.element_size())
     splits = num_splits(keys)
     scratch = output if splits == 1 else _scratch(keys, query_heads, splits, workspace)
+    tables = tables_of(rotary, last_position)
+    early = launches_early(keys)
     # The longest axis goes first: the others end at 65535.
     launch(
         _decode_kernel,
         (batch * heads, splits),
         (
-            q,
-            k,
-            v,
-            keys,
-            values,
+            *(q, k, v, tables.cos, tables.sin, keys, values),
             last_position if scores is None else scores,
             last_position if retained_positions is None else retained_positions,
             last_position if num_retained is None else num_retained,
@@ -121,9 +125,13 @@ def retained_decode(
             output,
             scratch,
         ),
-        (positions.stride(0), scale * LOG2_E, batch, heads, window, capacity, sinks, margin, splits),
+        (
+            *(q_row, k_row, v_row, tables.row, positions.stride(0)),
+            *(scale * LOG2_E, batch, heads, window, capacity, sinks, margin, splits),
+        ),
         G=group,
         D=head_size,
+        R=tables.size,
         BLOCK_G=max(16, triton.next_power_of_2(group)),  # the fewest rows of a matrix product
         BLOCK_D=max(16, triton.next_power_of_2(head_size)),
         BLOCK_S=block,
@@ -132,10 +140,20 @@ def retained_decode(
         SCORED=scores is not None,
         FRESH=fresh_score is not None,
         SPLIT=splits > 1,
+        EARLY=early,
         num_warps=num_warps,
         num_stages=num_stages,
+        **early_option(early),
     )
     return output
+
+
+def _rows_of_heads(x: Tensor) -> tuple[Tensor, int]:
+    """x `[B, 1, H, D]` itself if a row's heads lie one after the other, and how far apart the rows lie."""
+    batch, _, heads, size = x.shape
+    if x.stride(3) != 1 or (heads > 1 and x.stride(2) != size):
+        x = x.contiguous()
+    return x, x.stride(0) if batch > 1 else 0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -162,53 +180,25 @@ def _lowest_ranked(scores_ptr, positions_ptr, capacity, sinks, BLOCK_C: tl.const
     return slot, (lowest >> 32).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _join_splits(
-    partial_ptr,  # [B, H, splits, G, D]
-    maximum_ptr,  # [B, H, splits, G]
-    total_ptr,
-    row_head,
-    splits,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The attention of a row and head, [ROWS, BLOCK_D], from its splits'; in their order, whoever came last."""
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_D)
-    every = tl.arange(0, BLOCK_SPLITS)
-    offset = (row_head * splits + every[:, None]) * G + rows[None, :]
-    valid = (every[:, None] < splits) & (rows[None, :] < G)
-    # One read for all: a loop would wait for each.
-    maxima = tl.load(maximum_ptr + offset, mask=valid, other=NO_LOGIT)
-    totals = tl.load(total_ptr + offset, mask=valid, other=0.0)
-    maximum = tl.max(maxima, axis=0)
-    total = tl.sum(totals * tl.exp2(maxima - maximum[None, :]), axis=0)
-    joined = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-    for start in range(0, splits, TILE):
-        some = start + tl.arange(0, TILE)
-        place = (row_head * splits + some[:, None]) * G + rows[None, :]
-        there = (some[:, None] < splits) & (rows[None, :] < G)
-        weight = tl.exp2(tl.load(maximum_ptr + place, mask=there, other=NO_LOGIT) - maximum[None, :])
-        partial = tl.load(
-            partial_ptr + place[:, :, None] * D + columns[None, None, :],
-            mask=there[:, :, None] & (columns < D)[None, None, :],
-            other=0.0,
-        )
-        joined += tl.sum(weight[:, :, None] * partial, axis=0)
-    return joined / tl.where(rows < G, total, 1.0)[:, None]
-
-
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["positions_stride", "batch", "heads", "window", "capacity", "sinks", "margin", "splits"]
+    do_not_specialize=[
+        "cos_row",
+        "positions_stride",
+        "batch",
+        "heads",
+        "window",
+        "capacity",
+        "sinks",
+        "margin",
+        "splits",
+    ]
 )
 def _decode_kernel(
-    q_ptr,  # [B, HQ, D]
+    q_ptr,  # [B, HQ, D], rows apart, as those of k and v
     k_ptr,  # [B, H, D]
     v_ptr,
+    cos_ptr,  # [B or 1, R]
+    sin_ptr,
     keys_ptr,  # [B, H, W + C, D]
     values_ptr,
     scores_ptr,  # [B, H, W + C]
@@ -219,6 +209,10 @@ def _decode_kernel(
     last_position_ptr,  # [B]
     output_ptr,  # [B, HQ, D]
     workspace_ptr,
+    q_row,
+    k_row,
+    v_row,
+    cos_row,
     positions_stride,
     scale_log2,
     batch,
@@ -230,6 +224,7 @@ def _decode_kernel(
     splits,
     G: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,  # numbers of a head that are rotated
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -238,34 +233,57 @@ def _decode_kernel(
     SCORED: tl.constexpr,
     FRESH: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row_head = tl.program_id(0).to(tl.int64)  # offsets pass 2**31 long before memory ends
     split = tl.program_id(1)
-    row = row_head // heads
+    row, head = row_head // heads, row_head % heads
     position = tl.load(positions_ptr + row * positions_stride).to(tl.int32)
     rows = tl.arange(0, BLOCK_G)
     columns = tl.arange(0, BLOCK_D)
     in_d = columns < D
     in_q = (rows < G)[:, None] & in_d[None, :]
-    q_offset = row_head * (G * D) + rows[:, None] * D + columns[None, :]
+    output_offset = row_head * (G * D) + rows[:, None] * D + columns[None, :]
     if position < 0:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()  # who waits for this kernel counts on its having waited
         nothing = tl.zeros([BLOCK_G, BLOCK_D], dtype=output_ptr.dtype.element_ty)
-        tl.store(output_ptr + q_offset, nothing, mask=in_q & (split == 0))
+        tl.store(output_ptr + output_offset, nothing, mask=in_q & (split == 0))
         return
 
-    # Where the token that leaves the ring goes, from the cache as it was before the step.
+    # The first tile is asked for before anything is known of the step: it does not hang on the kernel before this one.
     slots = window + capacity
     ring = position % window
     leaving = position - window
     keys_ptr += row_head * slots * D
     values_ptr += row_head * slots * D
+    retained = tl.minimum(tl.maximum(leaving, 0), sinks)
+    if SCORED:
+        retained = tl.load(num_retained_ptr + row_head)
+    end = tl.minimum(position, window) + retained
+    share = tl.cdiv(tl.cdiv(end, BLOCK_S), splits) * BLOCK_S
+    start = split * share
+    stop = tl.minimum(start + share, end)
+    slot = start + tl.arange(0, BLOCK_S)
+    offset = slot[:, None] * D + columns[None, :]
+    in_tile = (slot < stop)[:, None] & in_d[None, :]
+    first_key = tl.load(keys_ptr + offset, mask=in_tile, other=0.0)
+    first_value = tl.load(values_ptr + offset, mask=in_tile, other=0.0)
+    old_key = tl.load(keys_ptr + ring * D + columns, mask=in_d, other=0.0)
+    old_value = tl.load(values_ptr + ring * D + columns, mask=in_d, other=0.0)
+    cos, sin = load_angles(cos_ptr + row * cos_row, sin_ptr + row * cos_row, columns, True, R)
+
+    # Where the token that leaves the ring goes, from the cache as it was before the step.
     victim = tl.full([], -1, tl.int32)
     if SCORED:
         scores_ptr += row_head * slots
         retained_positions_ptr += row_head * capacity
-        retained = tl.load(num_retained_ptr + row_head)
         score = tl.load(scores_ptr + ring)
         if FRESH:
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
             fresh = tl.load(fresh_ptr + row_head).to(tl.float32)
             score = tl.where(margin == window, fresh, score)
         admitted = (leaving >= 0) & ((leaving < sinks) | (score > 0))
@@ -275,14 +293,16 @@ def _decode_kernel(
             victim = tl.where(admitted, lowest, -1)
         target = tl.where(victim >= 0, victim, retained)
     else:
-        retained = tl.minimum(tl.maximum(leaving, 0), sinks)
         admitted = (leaving >= 0) & (leaving < sinks)
         target = leaving
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
 
     # Attention over the old cache less what the step hides; the first split adds the new token.
-    query = tl.load(q_ptr + q_offset, mask=in_q, other=0.0)
-    new_key = tl.load(k_ptr + row_head * D + columns, mask=in_d, other=0.0)
-    new_value = tl.load(v_ptr + row_head * D + columns, mask=in_d, other=0.0)
+    heads_ptr = q_ptr + row * q_row + (head * G + rows[:, None]) * D
+    query = load_rotated(heads_ptr, columns[None, :], in_q, cos[None, :], sin[None, :], R)
+    new_key = load_rotated(k_ptr + row * k_row + head * D, columns, in_d, cos, sin, R)
+    new_value = tl.load(v_ptr + row * v_row + head * D + columns, mask=in_d, other=0.0)
     own = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * scale_log2
     first = split == 0
     maximum = tl.where(first, own, NO_LOGIT)
@@ -292,24 +312,16 @@ def _decode_kernel(
     query = query.to(keys_ptr.dtype.element_ty)
     gone = tl.where(admitted, -1, ring)  # the ring's leaving token is seen this once from where it lay
     replaced = tl.where(victim >= 0, window + victim, -1)
-    end = tl.minimum(position, window) + retained
-    share = tl.cdiv(tl.cdiv(end, BLOCK_S), splits) * BLOCK_S
-    for start in range(split * share, tl.minimum(split * share + share, end), BLOCK_S):
-        slot = start + tl.arange(0, BLOCK_S)
-        in_s = slot < end
+    seen = (slot < stop) & (slot != gone) & (slot != replaced)
+    maximum, total, output = add_tile(query, first_key, first_value, seen, scale_log2, maximum, total, output)
+    for tile in range(start + BLOCK_S, stop, BLOCK_S):
+        slot = tile + tl.arange(0, BLOCK_S)
         offset = slot[:, None] * D + columns[None, :]
-        in_tile = in_s[:, None] & in_d[None, :]
+        in_tile = (slot < stop)[:, None] & in_d[None, :]
         key = tl.load(keys_ptr + offset, mask=in_tile, other=0.0)
         value = tl.load(values_ptr + offset, mask=in_tile, other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        seen = in_s & (slot != gone) & (slot != replaced)
-        logit = tl.where(seen[None, :], logit, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(logit, axis=1))
-        shrink = tl.exp2(maximum - higher)
-        weight = tl.exp2(logit - higher[:, None])
-        total = total * shrink + tl.sum(weight, axis=1)
-        output = tl.dot(weight.to(value.dtype), value, output * shrink[:, None], input_precision="ieee")
-        maximum = higher
+        seen = (slot < stop) & (slot != gone) & (slot != replaced)
+        maximum, total, output = add_tile(query, key, value, seen, scale_log2, maximum, total, output)
 
     if SPLIT:
         head_splits = batch.to(tl.int64) * heads * splits
@@ -329,7 +341,7 @@ def _decode_kernel(
         tl.store(done_ptr + row_head, 0.0)
         ROWS: tl.constexpr = G if G & (G - 1) == 0 else 1 << G.bit_length()
         TILE: tl.constexpr = 1 if ROWS * BLOCK_D >= 2048 else 2048 // (ROWS * BLOCK_D)
-        joined = _join_splits(
+        joined = join_splits(
             workspace_ptr, maximum_ptr, total_ptr, row_head, splits, G, D, ROWS, BLOCK_D, BLOCK_SPLITS, TILE
         )
         group = tl.arange(0, ROWS)
@@ -338,17 +350,15 @@ def _decode_kernel(
         tl.store(output_ptr + offset, joined.to(output_ptr.dtype.element_ty), mask=valid)
     else:
         output = output / total[:, None]
-        tl.store(output_ptr + q_offset, output.to(output_ptr.dtype.element_ty), mask=in_q)
+        tl.store(output_ptr + output_offset, output.to(output_ptr.dtype.element_ty), mask=in_q)
 
     # Nobody reads this head's cache any more: move the leaving token, then write the new one where it lay.
-    old_key = tl.load(keys_ptr + ring * D + columns, mask=in_d, other=0.0)
-    old_value = tl.load(values_ptr + ring * D + columns, mask=in_d, other=0.0)
     tl.debug_barrier()
     tl.store(keys_ptr + (window + target) * D + columns, old_key, mask=in_d & admitted)
     tl.store(values_ptr + (window + target) * D + columns, old_value, mask=in_d & admitted)
     tl.store(keys_ptr + ring * D + columns, new_key.to(old_key.dtype), mask=in_d)
     tl.store(values_ptr + ring * D + columns, new_value.to(old_value.dtype), mask=in_d)
-    tl.store(last_position_ptr + row, position, mask=row_head % heads == 0)
+    tl.store(last_position_ptr + row, position, mask=head == 0)
     if SCORED:
         tl.store(scores_ptr + window + target, score, mask=admitted)
         tl.store(retained_positions_ptr + target, leaving, mask=admitted)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..rotary.reference import rotary as rotate
+
 
 @torch.no_grad()
 def retained_decode(
@@ -22,8 +24,11 @@ def retained_decode(
     num_retained: Tensor | None = None,
     fresh_score: Tensor | None = None,
     margin: int = 0,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `hybridize_kernels.retained_decode`; what the other forms must equal, the cache bit for bit."""
+    if rotary is not None:
+        q, k = rotate(q, k, *rotary)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, _, query_heads, head_size = q.shape
     heads = keys.shape[1]

@@ -118,7 +118,7 @@ def short_convolution_step(
     """A few further tokens of several texts that keep their tails side by side, as a mixer's q, k and v do.
 
     Args:
-        xs: `[B, T, H_i, D]` each.
+        xs: `[B, T, H_i, D]` each; parts of one projection are read where they lie.
         taps: `[H_i · D, n]` each.
         tail: `[B, n − 1, Σ H_i · D]`, contiguous, in the order of xs; updated in place.
         real, activation: as of `short_convolution`.

@@ -7,6 +7,7 @@ there first and read back by the product, so that every product has the same for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -37,61 +38,51 @@ def score_one_column(
     """See `hybridize_kernels.token_scorer_step`; for T = 1, at most `MAX_LAYERS` layers and a kernel above 1."""
     batch, _, heads, head_size = k.shape
     logits = torch.empty(batch, 1, heads, dtype=torch.float32, device=k.device)
-    outputs = [bias.shape[-1] for bias in biases]
-    missing = MAX_LAYERS - len(outputs)
-    tile = tiles_for(max(outputs), torch.float32, False, tiles_override()).step
-    blocks = triton.cdiv(batch, tile.tokens)
-    weights, biases = ([x.contiguous() for x in tensors] for tensors in (weights, biases))
-    per_layer = {
-        f"{name}{n}": size
-        for n in range(MAX_LAYERS)
-        for name, size in (
-            ("N", outputs[n] if n < len(outputs) else 1),
-            ("BLOCK_N", padded(outputs[n]) if n < len(outputs) else 1),
-        )
-    }
+    constants = step_constants(weights[0].shape[0], weights[0].shape[1] // (2 * head_size), head_size, biases)
+    blocks = triton.cdiv(batch, constants["BLOCK_B"])
     launch(
         _step_kernel,
         (blocks * heads,),
         (
-            k,
-            v,
-            history,
-            num_new,
-            num_before,
-            *weights,
-            *weights[:1] * missing,
-            *biases,
-            *biases[:1] * missing,
+            *(k, v, history, num_new, num_before),
+            *of_every_layer([weight.contiguous() for weight in weights]),
+            *of_every_layer([bias.contiguous() for bias in biases]),
             output_weight.contiguous(),
             output_bias.contiguous(),
             logits,
         ),
         (
-            k.stride(0),
-            k.stride(2),
-            v.stride(0),
-            v.stride(2),
-            batch,
-            heads,
-            blocks,
-            dilation,
-            history.shape[-1],
+            *(k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
+            *(batch, heads, blocks, dilation, history.shape[-1]),
         ),
-        D=head_size,
-        BLOCK_D=padded(head_size),
-        **per_layer,
-        LAYERS=len(outputs),
-        BLOCK_B=tile.tokens,
-        BLOCK_C=tile.channels,
-        KERNEL=weights[0].shape[1] // (2 * head_size),
-        SHARED=weights[0].shape[0] == 1,
-        PRECISION=PRECISION,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **constants,
     )
     return logits
+
+
+def of_every_layer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One for each of `MAX_LAYERS` layers; the first stands for those that are not there and is not looked at."""
+    return [*tensors, *[tensors[0]] * (MAX_LAYERS - len(tensors))]
+
+
+def step_constants(scorers: int, kernel: int, head_size: int, biases: Sequence[Tensor]) -> dict[str, Any]:
+    """The constants of a kernel that calls `logits_of_rows`, and its options; biases: `[..., C']`, one a layer."""
+    outputs = [bias.shape[-1] for bias in biases]
+    tile = tiles_for(max(outputs), torch.float32, False, tiles_override()).step
+    constants: dict[str, Any] = {"D": head_size, "BLOCK_D": padded(head_size), "LAYERS": len(outputs)}
+    for n in range(MAX_LAYERS):
+        there = n < len(outputs)
+        constants |= {f"N{n}": outputs[n] if there else 1, f"BLOCK_N{n}": padded(outputs[n]) if there else 1}
+    return constants | {
+        "BLOCK_B": tile.tokens,
+        "BLOCK_C": tile.channels,
+        "KERNEL": kernel,
+        "SHARED": scorers == 1,
+        "PRECISION": PRECISION,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -174,6 +165,102 @@ def _layer(
     return _activated(z, bias_ptr, position, N, BLOCK_N)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def logits_of_rows(
+    key_ptrs,  # [BLOCK_B], of [D]
+    value_ptrs,
+    ring,  # [BLOCK_B], of the history [width] of a row and head
+    takes,  # [BLOCK_B], rows that have a new token
+    in_batch,
+    number,  # [BLOCK_B], of the newest token, at least 0
+    dilation,
+    scorer,
+    w0_ptr,  # [H or 1, KERNEL · 2 D, N0]
+    w1_ptr,
+    w2_ptr,
+    w3_ptr,
+    bias0_ptr,  # [H or 1, N0]
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
+    output_weight_ptr,  # [H or 1, N]
+    output_bias_ptr,  # [H or 1]
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    N3: tl.constexpr,
+    BLOCK_N0: tl.constexpr,
+    BLOCK_N1: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_N3: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    KERNEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The logits [BLOCK_B] that the rows' new tokens complete; takes these into the history."""
+    stored = (KERNEL - 1) * dilation
+    reach = stored // 2
+    WIDTH: tl.constexpr = 2 * D
+
+    z = tl.zeros([BLOCK_B, BLOCK_N0], dtype=tl.float32)
+    w0_ptr += scorer * KERNEL * WIDTH * N0
+    z = _add_stored_taps(
+        z, ring, in_batch, number, stored, dilation, w0_ptr,
+        0, KERNEL - 1, WIDTH, N0, BLOCK_C, BLOCK_N0, PRECISION, STAGES,
+    )  # fmt: skip
+    tl.debug_barrier()
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    inside = takes[:, None] & (channels < D)
+    newest = (ring + number % stored * WIDTH)[:, None] + channels
+    key = tl.load(key_ptrs[:, None] + channels, mask=inside, other=0.0)
+    tl.store(newest, key.to(tl.float32), mask=inside)
+    value = tl.load(value_ptrs[:, None] + channels, mask=inside, other=0.0)
+    tl.store(newest + D, value.to(tl.float32), mask=inside)
+    tl.debug_barrier()
+    z = _add_stored_taps(
+        z, ring, in_batch, number, stored, dilation, w0_ptr,
+        KERNEL - 1, KERNEL, WIDTH, N0, BLOCK_C, BLOCK_N0, PRECISION, STAGES,
+    )  # fmt: skip
+    position = number - reach
+    x = _activated(z, bias0_ptr + scorer * N0, position, N0, BLOCK_N0)
+    if LAYERS > 1:
+        ring += stored * WIDTH
+        position -= reach
+        x = _layer(
+            x, ring, takes, in_batch, number, position, stored, dilation,
+            w1_ptr + scorer * KERNEL * N0 * N1, bias1_ptr + scorer * N1,
+            N0, N1, BLOCK_B, BLOCK_C, BLOCK_N0, BLOCK_N1, KERNEL, PRECISION, STAGES,
+        )  # fmt: skip
+    if LAYERS > 2:
+        ring += stored * N0
+        position -= reach
+        x = _layer(
+            x, ring, takes, in_batch, number, position, stored, dilation,
+            w2_ptr + scorer * KERNEL * N1 * N2, bias2_ptr + scorer * N2,
+            N1, N2, BLOCK_B, BLOCK_C, BLOCK_N1, BLOCK_N2, KERNEL, PRECISION, STAGES,
+        )  # fmt: skip
+    if LAYERS > 3:
+        ring += stored * N1
+        position -= reach
+        x = _layer(
+            x, ring, takes, in_batch, number, position, stored, dilation,
+            w3_ptr + scorer * KERNEL * N2 * N3, bias3_ptr + scorer * N3,
+            N2, N3, BLOCK_B, BLOCK_C, BLOCK_N2, BLOCK_N3, KERNEL, PRECISION, STAGES,
+        )  # fmt: skip
+
+    LAST: tl.constexpr = N0 if LAYERS == 1 else N1 if LAYERS == 2 else N2 if LAYERS == 3 else N3
+    BLOCK_LAST: tl.constexpr = x.shape[1]
+    columns = tl.arange(0, BLOCK_LAST)
+    weight = tl.load(output_weight_ptr + scorer * LAST + columns, mask=columns < LAST, other=0.0).to(tl.float32)
+    logits = tl.sum(x * weight[None, :], axis=1) + tl.load(output_bias_ptr + scorer).to(tl.float32)
+    return logits
+
+
 @triton.jit(do_not_specialize=["batch", "heads", "blocks", "dilation"])  # type: ignore[untyped-decorator]
 def _step_kernel(
     k_ptr,  # [B, 1, H, D]
@@ -228,59 +315,11 @@ def _step_kernel(
     number = tl.load(num_before_ptr + rows, mask=in_batch, other=0).to(tl.int32)
     takes = in_batch & (tl.load(num_new_ptr + rows, mask=in_batch, other=0) > 0)
     ring = history_ptr + (rows * heads + head) * history_width
-    stored = (KERNEL - 1) * dilation
-    reach = stored // 2
-    WIDTH: tl.constexpr = 2 * D
-
-    z = tl.zeros([BLOCK_B, BLOCK_N0], dtype=tl.float32)
-    w0_ptr += scorer * KERNEL * WIDTH * N0
-    z = _add_stored_taps(
-        z, ring, in_batch, number, stored, dilation, w0_ptr,
-        0, KERNEL - 1, WIDTH, N0, BLOCK_C, BLOCK_N0, PRECISION, STAGES,
+    logits = logits_of_rows(
+        k_ptr + (rows * k_stride_b + head * k_stride_h), v_ptr + (rows * v_stride_b + head * v_stride_h),
+        ring, takes, in_batch, number, dilation, scorer,
+        w0_ptr, w1_ptr, w2_ptr, w3_ptr, bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr, output_weight_ptr, output_bias_ptr,
+        D, BLOCK_D, N0, N1, N2, N3, BLOCK_N0, BLOCK_N1, BLOCK_N2, BLOCK_N3,
+        LAYERS, BLOCK_B, BLOCK_C, KERNEL, PRECISION, STAGES,
     )  # fmt: skip
-    tl.debug_barrier()
-    channels = tl.arange(0, BLOCK_D)[None, :]
-    inside = takes[:, None] & (channels < D)
-    newest = (ring + number % stored * WIDTH)[:, None] + channels
-    key = tl.load(k_ptr + (rows * k_stride_b + head * k_stride_h)[:, None] + channels, mask=inside, other=0.0)
-    tl.store(newest, key.to(tl.float32), mask=inside)
-    value = tl.load(v_ptr + (rows * v_stride_b + head * v_stride_h)[:, None] + channels, mask=inside, other=0.0)
-    tl.store(newest + D, value.to(tl.float32), mask=inside)
-    tl.debug_barrier()
-    z = _add_stored_taps(
-        z, ring, in_batch, number, stored, dilation, w0_ptr,
-        KERNEL - 1, KERNEL, WIDTH, N0, BLOCK_C, BLOCK_N0, PRECISION, STAGES,
-    )  # fmt: skip
-    position = number - reach
-    x = _activated(z, bias0_ptr + scorer * N0, position, N0, BLOCK_N0)
-    if LAYERS > 1:
-        ring += stored * WIDTH
-        position -= reach
-        x = _layer(
-            x, ring, takes, in_batch, number, position, stored, dilation,
-            w1_ptr + scorer * KERNEL * N0 * N1, bias1_ptr + scorer * N1,
-            N0, N1, BLOCK_B, BLOCK_C, BLOCK_N0, BLOCK_N1, KERNEL, PRECISION, STAGES,
-        )  # fmt: skip
-    if LAYERS > 2:
-        ring += stored * N0
-        position -= reach
-        x = _layer(
-            x, ring, takes, in_batch, number, position, stored, dilation,
-            w2_ptr + scorer * KERNEL * N1 * N2, bias2_ptr + scorer * N2,
-            N1, N2, BLOCK_B, BLOCK_C, BLOCK_N1, BLOCK_N2, KERNEL, PRECISION, STAGES,
-        )  # fmt: skip
-    if LAYERS > 3:
-        ring += stored * N1
-        position -= reach
-        x = _layer(
-            x, ring, takes, in_batch, number, position, stored, dilation,
-            w3_ptr + scorer * KERNEL * N2 * N3, bias3_ptr + scorer * N3,
-            N2, N3, BLOCK_B, BLOCK_C, BLOCK_N2, BLOCK_N3, KERNEL, PRECISION, STAGES,
-        )  # fmt: skip
-
-    LAST: tl.constexpr = N0 if LAYERS == 1 else N1 if LAYERS == 2 else N2 if LAYERS == 3 else N3
-    BLOCK_LAST: tl.constexpr = x.shape[1]
-    columns = tl.arange(0, BLOCK_LAST)
-    weight = tl.load(output_weight_ptr + scorer * LAST + columns, mask=columns < LAST, other=0.0).to(tl.float32)
-    logits = tl.sum(x * weight[None, :], axis=1) + tl.load(output_bias_ptr + scorer).to(tl.float32)
     tl.store(logits_ptr + rows * heads + head, logits, mask=in_batch)

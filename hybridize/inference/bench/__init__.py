@@ -1,0 +1,1 @@
+"""Latency and memory of a hybrid beside its teacher, measured here."""
