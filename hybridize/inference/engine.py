@@ -15,7 +15,7 @@ from hybridize.families import family
 from hybridize.inference import saved
 from hybridize.inference.decoder import Decoder
 from hybridize.inference.pretend import pretend_read
-from hybridize.inference.reading import Piece, pieces
+from hybridize.inference.reader import Reader
 from hybridize.inference.recorded import Recorded
 from hybridize.inference.sampling import Sampling, choose
 from hybridize.inference.states import States
@@ -53,10 +53,19 @@ class Engine:
         chunk_tokens: most tokens that go through the layers at once in prefill, over all rows of a pass; None: 8192 on
             a GPU, 1024 on a CPU, where masks take the square of it.
         record: False: no CUDA graph.
+        record_reading: long texts are read by CUDA graphs, too, where no state grows with the text. It pays for small
+            models, whose pieces take the host longer to queue than the device to compute.
     """
 
     def __init__(
-        self, model: Any, *, batch: int, context_tokens: int, chunk_tokens: int | None = None, record: bool = True
+        self,
+        model: Any,
+        *,
+        batch: int,
+        context_tokens: int,
+        chunk_tokens: int | None = None,
+        record: bool = True,
+        record_reading: bool = False,
     ) -> None:
         chunk_tokens = chunk_tokens or (8192 if model.device.type == "cuda" else 1024)
         for name, count in (("batch", batch), ("context_tokens", context_tokens), ("chunk_tokens", chunk_tokens)):
@@ -86,6 +95,7 @@ class Engine:
         self._generator = torch.Generator().manual_seed(0)
         rope_type = getattr(model.model.rotary_emb, "rope_type", "default")
         self._records = record and rope_type not in _CHANGES_WITH_LENGTH
+        self._reader = Reader(self._decoder, self.states, self.logits, records=self._records and record_reading)
         self._forward = Recorded(self._step, device, self._rest, enabled=self._records)
         self._writing: dict[tuple[Sampling, int], Recorded] = {}
 
@@ -120,34 +130,10 @@ class Engine:
             if len(text) and not 0 <= min(text) <= max(text) < self.geometry.vocab_size:
                 raise UsageError(f"a token is outside 0..{self.geometry.vocab_size - 1}.", where=f"row {row}")
         self.require_room(lengths)
-        for piece in pieces(lengths, self.lengths, self.chunk_tokens):
-            read = self._read_piece(texts, piece)
-            if on_tokens is not None:
-                on_tokens(read)
+        self._reader.read(texts, self.lengths, self.chunk_tokens, on_tokens)
         self._went_on(texts)
         self._positions.copy_(torch.tensor(self.lengths))
         return self.logits
-
-    def _read_piece(self, texts: Sequence[Sequence[int]], piece: Piece) -> int:
-        """Returns how many tokens it was."""
-        rows = slice(piece.first, piece.end)
-        parts = [texts[row][piece.start : piece.start + piece.length] for row in range(piece.first, piece.end)]
-        before = [length + piece.start for length in self.lengths[rows]]
-        cache = self.states.rows(piece.first, piece.end, max(before))
-        if not piece.padded:
-            tokens = torch.tensor([list(part) for part in parts]).to(self.device, non_blocking=True)
-            x = self._decoder.read(tokens, None, cache)[:, -1]
-            if piece.start + piece.length == len(texts[piece.first]):
-                self.logits[rows] = self._decoder.logits(x)
-            return tokens.numel()
-        tokens = torch.tensor([[*part, *[0] * (piece.length - len(part))] for part in parts]).to(self.device)
-        counts = torch.tensor([len(part) for part in parts], device=self.device)[:, None]
-        columns = torch.arange(piece.length, device=self.device)
-        positions = torch.where(columns < counts, columns + torch.tensor(before, device=self.device)[:, None], -1)
-        x = self._decoder.read(tokens, positions, cache)
-        last = x.take_along_dim((counts - 1).clamp(min=0)[..., None], dim=1)[:, 0]
-        self.logits[rows] = torch.where(counts > 0, self._decoder.logits(last), self.logits[rows])
-        return sum(len(part) for part in parts)
 
     # Writing.
 

@@ -74,24 +74,32 @@ class CachedAttention:
         if self.adapter.qk_norm:
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = rotary(q, k, *position_embeddings)
-        out = read(q, k, v, state, token_positions, scale=attention.scaling)
+        out = read(q, k, v, state, token_positions, scale=attention.scaling, before=cache.before)
         return project(out.reshape(*hidden_states.shape[:-1], -1), (attention.o_proj,))[0], None
 
 
 def read(
-    q: Tensor, k: Tensor, v: Tensor, state: FullAttentionState, positions: Tensor | None, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: FullAttentionState,
+    positions: Tensor | None,
+    *,
+    scale: float,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Takes T tokens a row into the state and attends from them.
 
     Args:
         q: [B, T, HQ, D]. k, v: [B, T, H, D]; rotary positions applied.
         positions: [B, T], −1 for padding; None: from `state.seen_tokens` on, in every row.
+        before: [B], position of each row's newest token so far, given where there is padding.
 
     Returns:
         [B, T, HQ, D].
     """
     if state.window is not None:
-        return _read_into_ring(q, k, v, state, positions, scale)
+        return _read_into_ring(q, k, v, state, positions, scale, before)
     if positions is None:
         first, end = state.seen_tokens, state.seen_tokens + q.shape[1]
         for name, new in (("keys", k), ("values", v)):
@@ -122,15 +130,20 @@ def _attend_whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _read_into_ring(
-    q: Tensor, k: Tensor, v: Tensor, state: FullAttentionState, positions: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: FullAttentionState,
+    positions: Tensor | None,
+    scale: float,
+    before: Tensor | None,
 ) -> Tensor:
     slots, (batch, num_new) = state.slots, q.shape[:2]
-    padded = positions is not None
+    padded = before is not None
     if positions is None:
         first = state.seen_tokens
         positions = torch.arange(first, first + num_new, device=q.device).expand(batch, -1)
-    real = positions >= 0
-    before = torch.where(real, positions, positions.amax(1, keepdim=True) + 1).amin(1).to(torch.int32) - 1
+    before = (positions[:, 0] - 1 if before is None else before).to(torch.int32)
     nothing = torch.empty(batch, 1, 0, dtype=torch.int64, device=q.device)
     keys = entries_of(state["keys"], nothing, before, slots, k)
     values = entries_of(state["values"], nothing, before, slots, v)

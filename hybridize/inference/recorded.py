@@ -15,8 +15,8 @@ class Recorded:
     Args:
         run: what is recorded.
         device: where its tensors are.
-        idle: a context in which `run` leaves everything as it is, for the calls before the recording, in which kernels
-            are compiled.
+        idle: called before and after each of the calls before the recording, in which kernels are compiled, so that all
+            is left as it was.
         enabled: False: `run` is called each time on a GPU too.
     """
 
@@ -28,7 +28,7 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def prepare(self) -> None:
-        """Records, if that is still to be done. The state of the rows that are at work is lost to `idle`."""
+        """Records, if that is still to be done; what `idle` sets is then as it sets it."""
         if not self._records or self._graph is not None:
             return
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -37,6 +37,7 @@ class Recorded:
             for _ in range(_WARM_UP_CALLS):
                 self._idle()
                 self._run()
+            self._idle()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -59,9 +59,14 @@ class States:
     def bytes_per_sequence(self) -> int:
         return sum(state.bytes_per_sequence() for state in self.layers)
 
-    def rows(self, first: int, end: int, seen_tokens: int) -> RowStates:
-        """The states of these rows as a cache; what is written there is written here."""
-        return RowStates([_rows_of(state, first, end, seen_tokens) for state in self.layers])
+    def rows(self, first: int, end: int, seen_tokens: int, before: Tensor | None = None) -> RowStates:
+        """The states of these rows as a cache; what is written there is written here.
+
+        Args:
+            seen_tokens: of the rows, at most; 0: none has read anything.
+            before: [end - first], position of each row's newest token; where there is padding among the new ones.
+        """
+        return RowStates([_rows_of(state, first, end, seen_tokens) for state in self.layers], before)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, [B, ...], by a name of its own."""
@@ -80,10 +85,16 @@ class States:
 
 
 class RowStates:
-    """The states of some rows in the form of a transformers cache, which mixers take."""
+    """The states of some rows in the form of a transformers cache, which mixers take.
 
-    def __init__(self, layers: list[MixerState]) -> None:
-        self.layers = layers
+    Attributes:
+        before: [B], position of each row's newest token, or None: see `States.rows`.
+        padded: whether some of the positions that come with it are padding, so that no layer asks the device.
+    """
+
+    def __init__(self, layers: list[MixerState], before: Tensor | None = None) -> None:
+        self.layers, self.before = layers, before
+        self.padded = before is not None
 
     def get_seq_length(self) -> int:
         return self.layers[0].seen_tokens

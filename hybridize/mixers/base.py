@@ -298,10 +298,7 @@ class Mixer(nn.Module):
         """Told by the trainer after each optimiser step (controllers update here)."""
 
     def metrics(self) -> dict[str, Tensor | float]:
-        """What the trainer logs of this mixer (kept tokens a head, ...).
-
-        What a device computes stays there, as scalars, so that nobody waits for it.
-        """
+        """What the trainer logs of this mixer (kept tokens a head, ...), scalars on their device: nobody waits."""
         return {}
 
     def share(self, first: Mixer) -> None:
@@ -350,7 +347,8 @@ class Mixer(nn.Module):
             token_positions = torch.arange(first, first + num_tokens, device=q.device).expand(batch, -1)
         elif state is not None and num_tokens > 1:
             # Asked of many tokens only: the answer costs a wait for the GPU, and a step takes padding as it comes.
-            self.padded = bool((token_positions < 0).any())
+            known = getattr(cache, "padded", None)
+            self.padded = bool((token_positions < 0).any()) if known is None else known
             state.seen_padding |= self.padded
         assert position_embeddings is not None
         rope = Rope(*position_embeddings)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from hybridize.errors import UsageError
-from hybridize.inference import Engine, Sampling
+from hybridize.inference import Engine, Sampling, reader
 from hybridize.inference.engine import LOOK_STEPS
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
-from tests.contract.settings import tiny_mixer
+from tests.contract.settings import DEVICES, tiny_mixer
 from tests.inference.hybrids import CASES, MIXER_NAMES, TOLERANCE, continued, logits_of, texts, tiny_hybrid
+from tests.tiny import tiny_teacher
 
 pytestmark = pytest.mark.usefixtures("device")
 matrix = pytest.mark.parametrize(("mixer", "family"), CASES, ids=[f"{m}-{f}" for m, f in CASES])
@@ -204,3 +205,42 @@ def test_constant_memory_has_no_end():
     expected = logits_of(tiny_hybrid("token_eviction", "llama", layers=(0, 1, 2, 3)), text)
     engine = Engine(model, batch=1, context_tokens=8, chunk_tokens=64)
     torch.testing.assert_close(engine.read([text])[0], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [7, 40])
+def test_a_window_of_the_model_s_own_is_a_ring(window):
+    """A teacher's, with rows that go on differently, one of which has nothing to read for a while."""
+    plain = tiny_teacher("mistral", sliding_window=window).to(DEVICES["device"])
+    engine = Engine(
+        tiny_teacher("mistral", sliding_window=window).to(DEVICES["device"]),
+        batch=3,
+        context_tokens=100,
+        chunk_tokens=16,
+    )
+    engine.read(texts(30, 30, 5))
+    engine.read([*texts(9, 0, seed=2), *texts(12, seed=3)])
+    written(engine, 12)
+    engine.read([*texts(3, 3, 3, seed=4)])
+    assert engine.texts is not None
+    for row, text in enumerate(engine.texts):
+        torch.testing.assert_close(engine.logits[row], logits_of(plain, text), **TOLERANCE)
+
+
+@mixers
+def test_pieces_that_are_recorded_read_the_same(mixer, monkeypatch):
+    """On a CPU nothing is recorded, but the same piece is called again and again."""
+    monkeypatch.setattr(reader, "WORTH_RECORDING", 3)
+    made = []
+    recorded_piece = reader.RecordedPiece
+    monkeypatch.setattr(reader, "RecordedPiece", lambda *args: made.append(recorded_piece(*args)) or made[-1])
+    prompts = texts(100, 100, seed=6)
+    plain = tiny_hybrid(mixer, "llama", layers=(0, 1, 2, 3))
+    model = tiny_hybrid(mixer, "llama", layers=(0, 1, 2, 3))
+    engine = Engine(model, batch=2, context_tokens=256, chunk_tokens=32, record_reading=True)
+    for _ in range(2):
+        engine.read(prompts)
+        written(engine, 3)
+    assert engine.texts is not None
+    for row, text in enumerate(engine.texts):
+        torch.testing.assert_close(engine.logits[row], logits_of(plain, text), **TOLERANCE)
+    assert len(made) == (0 if mixer in ("full_attention", "native_sparse_attention") else 4)
