@@ -30,14 +30,31 @@ def write_inference(machine: Row, rows: Rows, out: Path) -> list[Path]:
     Raises:
         ResourceError: disk, quota or permission.
     """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (machine, *rows))
+    return _write(out, {"results.jsonl": lines, **_texts(machine, rows)})
+
+
+def write_tables(machine: Row, rows: Rows, out: Path) -> list[Path]:
+    """The same without results.jsonl, for rows that lie in a file already.
+
+    Raises:
+        ResourceError: disk, quota or permission.
+    """
+    return _write(out, _texts(machine, rows))
+
+
+def _texts(machine: Row, rows: Rows) -> dict[str, str]:
+    """table.md and the charts by their names."""
     found = figures(rows)
     pictures = "\n\n".join(f"![{figure.title}]({figure.name}.svg)" for figure in found)
     parts = ["# Latency and memory\n", *(markdown(table) for table in tables(rows)), pictures, _about(machine)]
-    texts = {
-        "results.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (machine, *rows)),
+    return {
         "table.md": "\n".join(part for part in parts if part) + "\n",
         **{f"{figure.name}.svg": standalone(figure.svg) for figure in found},
     }
+
+
+def _write(out: Path, texts: Mapping[str, str]) -> list[Path]:
     with resource_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         return [write_whole(out / name, text) for name, text in texts.items()]

@@ -1,7 +1,8 @@
 """Prefill and decode of hybrids in our engine beside their teacher, there and by transformers with torch's attention.
 
 `PYTHONPATH=kernels python kernels/benchmarks/inference.py --sections llama-decode,million`; rows go to
-recipes/results/inference-<gpu>.jsonl, where those of a section that is measured again take the place of the old ones.
+recipes/results/inference-<gpu>.jsonl, where those of a section that is measured again take the place of the old ones,
+tables and charts of all of them to the folder beside it.
 Models have their true sizes and random weights, texts are random tokens: neither changes the time. `--tiny` tries all
 of it on a CPU.
 """
@@ -27,7 +28,7 @@ from hybridize.inference.bench.implementations import Implementation, dense, eng
 from hybridize.inference.bench.limits import largest_batch, long_prefill
 from hybridize.inference.bench.measure import Case, measure
 from hybridize.inference.bench.run import dense_ways, machine
-from hybridize.report.inference import tables
+from hybridize.report.inference import tables, write_tables
 from hybridize.report.tables import markdown
 
 Row = dict[str, Any]
@@ -116,7 +117,8 @@ def batches(model: str, hybrid: Hybrid, contexts: Sequence[int], most: int, scal
     """The largest batch of a hybrid and of its teacher, each with the memory of the GPU to itself."""
     makers: list[Callable[[], Implementation]] = [
         lambda: hybrid_way(model, hybrid, scale),
-        lambda: dense(random_teacher(model, tiny=scale.tiny), "cudnn"),
+        lambda: dense(random_teacher(model, tiny=scale.tiny), "flash"),
+        lambda: engine("teacher, engine", random_teacher(model, tiny=scale.tiny), chunk_tokens=scale.chunk_tokens),
     ]
     for make in makers:
         way = make()
@@ -161,7 +163,10 @@ def qwen_prefill(scale: Scale) -> Iterator[Row]:
 
 def million(scale: Scale) -> Iterator[Row]:
     """A text of a million tokens, by a hybrid of constant memory; the teacher's state alone would be 22 GiB."""
-    yield from long_prefill(hybrid_way(SMOL, LTE, scale), scale.context(MILLION), scale.chunk_tokens)
+    model = random_hybrid(SMOL, LTE, tiny=scale.tiny)
+    for name, recorded in ((f"{LTE.name}, recorded", True), (LTE.name, False)):
+        way = engine(name, model, chunk_tokens=scale.chunk_tokens, record_reading=recorded)
+        yield from long_prefill(way, scale.context(MILLION), scale.chunk_tokens)
 
 
 SECTIONS: dict[str, tuple[str, Section]] = {
@@ -244,8 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(options.out / f"inference-{name}.jsonl", head)
     for section in chosen:
         results.replace(section, measured_section(section, Scale(options.tiny)))
-    for table in tables([row for row in results.rows if "impl" in row]):
+    rows = [row for row in results.rows if "impl" in row]
+    for table in tables(rows):
         print(markdown(table))
+    write_tables(head, rows, options.out / f"inference-{name}")
 
 
 if __name__ == "__main__":

@@ -156,13 +156,14 @@ def test_the_largest_batch_is_found_in_few_attempts(memory: int, free: int | Non
         assert row["attempts"] == 3  # 28 was predicted, 31 is too many
 
 
-def test_a_long_text_is_read_chunk_by_chunk() -> None:
-    log: list[Any] = []
-    rows = list(long_prefill(stand_in(log, "a"), 100, 32))
-    assert [row["case"]["context"] for row in rows] == [32, 64, 96, 100]
-    assert [entry[2] for entry in log if entry[1] == "read"][2:] == [32, 32, 32, 4]
-    assert {row["pass"] for row in rows} == {"chunk"}
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_long_text_has_a_row_for_each_chunk(recorded: bool) -> None:
+    way = engine("a", tiny_hybrid(), chunk_tokens=32, record_reading=recorded)
+    rows = long_prefill(way, 300, 32)
+    assert [row["case"]["context"] for row in rows] == [*range(32, 300, 32), 300]
+    assert {(row["impl"], row["pass"]) for row in rows} == {("a", "chunk")}
     assert all(row["ms"] > 0 for row in rows)
+    assert len({row["state_bytes"] for row in rows}) == 1
 
 
 def test_real_ones_have_the_state_that_is_promised() -> None:

@@ -23,7 +23,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -48,6 +48,21 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def stopwatch(device: torch.device) -> Callable[[], float]:
+    """A function that tells the seconds until the device has done all, since it was asked last."""
+    _wait(device)
+    last = time.perf_counter()
+
+    def elapsed() -> float:
+        nonlocal last
+        _wait(device)
+        now = time.perf_counter()
+        since, last = now - last, now
+        return since
+
+    return elapsed
+
+
 class Footprint:
     """Peak memory as if this implementation were alone on the GPU: what others hold is left out, its weights are in.
 

@@ -50,21 +50,22 @@ class Implementation:
     make: Callable[[int, int], Timed]
 
 
-def engine(name: str, model: Any, *, chunk_tokens: int | None = None) -> Implementation:
+def engine(name: str, model: Any, *, chunk_tokens: int | None = None, record_reading: bool = False) -> Implementation:
     """A hybrid or a plain model in our engine."""
-    _make_engine(model, 1, 1, chunk_tokens)  # joins the projections: from here on the weights' bytes stay what they are
-
-    def make(batch: int, context_tokens: int) -> Timed:
-        return _make_engine(model, batch, context_tokens, chunk_tokens)
-
-    return Implementation(name, model, make)
-
-
-def _make_engine(model: Any, batch: int, context_tokens: int, chunk_tokens: int | None) -> Timed:
     from hybridize.inference import Engine
 
-    made: Timed = Engine(model, batch=batch, context_tokens=context_tokens, chunk_tokens=chunk_tokens)
-    return made
+    def make(batch: int, context_tokens: int) -> Timed:
+        made: Timed = Engine(
+            model,
+            batch=batch,
+            context_tokens=context_tokens,
+            chunk_tokens=chunk_tokens,
+            record_reading=record_reading,
+        )
+        return made
+
+    make(1, 1)  # joins the projections: from here on the weights' bytes stay what they are
+    return Implementation(name, model, make)
 
 
 def dense(model: Any, attention: Attention, *, compiled: bool = False) -> Implementation:

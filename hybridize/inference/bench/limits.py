@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import Any
 
-from hybridize.inference.bench.clock import Effort, Footprint, effort_on, free_bytes, release, seconds_of
+from hybridize.inference.bench.clock import Effort, Footprint, effort_on, free_bytes, release, stopwatch
 from hybridize.inference.bench.errors import is_out_of_memory
 from hybridize.inference.bench.implementations import Implementation
 from hybridize.inference.bench.measure import Row, decode_numbers, random_texts
+from hybridize.inference.reader import WORTH_RECORDING
 
 CLOSE = 1.1
 """The largest batch is known when the next one that was tried is not larger by more than this."""
@@ -49,35 +50,43 @@ def largest_batch(
     return _row(implementation, low, context_tokens, row, attempts)
 
 
-def long_prefill(implementation: Implementation, tokens: int, chunk_tokens: int, *, seed: int = 0) -> Iterator[Row]:
+def long_prefill(implementation: Implementation, tokens: int, chunk_tokens: int, *, seed: int = 0) -> list[Row]:
     """Reads one very long text of random tokens in chunks.
 
-    Yields:
+    Args:
+        implementation: an engine whose pieces have chunk_tokens.
+
+    Returns:
         a row for each chunk with "pass": "chunk", "case": {"B": 1, "context": tokens read with it}, "ms": of the chunk,
         "tokens_per_s", "peak_bytes", "state_bytes".
     """
     model = implementation.model
     footprint = Footprint(model)
-    timed = implementation.make(1, tokens)
-    # Kernels are compiled by two chunks, the first of a text and a later one.
-    warm = random_texts(model, 1, min(chunk_tokens, tokens // 2), seed)
-    for _ in range(2):
-        timed.read(warm)
+    timed: Any = implementation.make(1, tokens)
+    # The first pieces compile and, where pieces are recorded, record.
+    timed.read(random_texts(model, 1, min((WORTH_RECORDING + 1) * chunk_tokens, tokens), seed))
     timed.reset()
-    done = 0
-    while done < tokens:
-        texts = random_texts(model, 1, min(chunk_tokens, tokens - done), seed + done)
-        footprint.begin()
-        read_s = seconds_of(lambda texts=texts: timed.read(texts), model.device)  # type: ignore[misc]
-        done += len(texts[0])
+    rows: list[Row] = []
+
+    def after(piece_tokens: int) -> None:
+        read_s = elapsed()
+        done = piece_tokens + (rows[-1]["case"]["context"] if rows else 0)
         numbers = {
             "ms": 1e3 * read_s,
-            "tokens_per_s": len(texts[0]) / read_s,
+            "tokens_per_s": piece_tokens / read_s,
             "peak_bytes": footprint.peak_bytes(),
             "state_bytes": timed.state_bytes(),
         }
         case = {"B": 1, "context": done}
-        yield {"impl": implementation.name, "case": case, "pass": "chunk", **numbers}
+        rows.append({"impl": implementation.name, "case": case, "pass": "chunk", **numbers})
+        footprint.begin()
+        elapsed()
+
+    texts = random_texts(model, 1, tokens, seed)
+    footprint.begin()
+    elapsed = stopwatch(model.device)
+    timed.read(texts, on_tokens=after)
+    return rows
 
 
 def _decode(implementation: Implementation, batch: int, context_tokens: int, effort: Effort | None) -> Row | None:
