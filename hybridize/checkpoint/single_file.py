@@ -65,6 +65,24 @@ def load_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return tensors, metadata
 
 
+def load_one(path: str | Path, name: str) -> torch.Tensor:
+    """One tensor of such a file, unchecked but for its header; the rest is not read.
+
+    Raises:
+        CheckpointError: there is no such file or tensor, or the header is damaged.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError("There is no such file.", where=str(path))
+    if name not in read_safetensors_header(path.parent, path.name):
+        raise CheckpointError(f"There is no tensor {name!r}.", where=str(path))
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     import torch
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hybridize.inference import Sampling
 
 CHAT_TOKENS = 8192
-"""Room of a conversation, where layers need any and nobody says how much."""
+"""Room for what is still to be said, where layers need any and nobody says how much."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Talker:
         self._document = ""
         """Opens the next question of a conversation."""
         self._rendered = ""
-        """Of a conversation, the text that the states have read."""
+        """Of a conversation, the text that the state has read."""
 
     # What is said.
 
@@ -94,7 +94,8 @@ class Talker:
             tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         else:
             tokens = prompt_ids(self.tokenizer, prompt)
-        return self._go_on(tokens, write=write)
+        said, _ = self._go_on(tokens, write=write)
+        return said
 
     def answer(self, question: str | None, document: str = "") -> dict[str, Any]:
         """Answers in the conversation so far. Without a question, reads the document that will open the next one.
@@ -104,7 +105,8 @@ class Talker:
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template.", where="--chat", hint="Use --prompt instead.")
-        self._prepare([], 0)
+        if self._saved is not None:
+            self._prepare(0)
         document = self._document or document
         content = "\n\n".join(part for part in (document, question) if part)
         self._document = document if question is None else ""
@@ -115,9 +117,9 @@ class Talker:
         if not text.startswith(self._rendered):  # the template says otherwise now what was said: all of it again
             self._engine.reset()
             self._rendered = ""
-        fresh = text[len(self._rendered) :]
-        said = self._go_on(self.tokenizer(fresh, add_special_tokens=False)["input_ids"], write=question is not None)
-        self._rendered = text + said.pop("raw", "")
+        fresh = self.tokenizer(text[len(self._rendered) :], add_special_tokens=False)["input_ids"]
+        said, written = self._go_on(fresh, write=question is not None, chat=True)
+        self._rendered = text + written
         if question is not None:
             self._messages = [*messages, {"role": "assistant", "content": said["text"]}]
         return said
@@ -130,25 +132,28 @@ class Talker:
 
     # How it is made.
 
-    def _prepare(self, tokens: Sequence[int], new_tokens: int) -> None:
-        """Sets the engine up, with room for this much if nobody says how much."""
+    def _prepare(self, tokens: int, *, chat: bool = False) -> None:
+        """Sets the engine up and, where there is one, restores the saved state.
+
+        Where nobody says how much room there is to be, it is that of these tokens; a conversation gets more.
+        """
         if self._engine is not None:
             return
         from hybridize.inference import Engine
+        from hybridize.inference.saved import tokens_in
 
-        room = self.talking.context_tokens
-        if room is None:
-            room = len(tokens) + new_tokens
-            room = max(room, CHAT_TOKENS) if self._saved is not None or not tokens else room
-        self._engine = Engine(self.model, batch=1, context_tokens=max(room, 1), chunk_tokens=self.talking.chunk_tokens)
+        more = CHAT_TOKENS if chat or self._saved is not None else 0
+        needed = tokens + more + (0 if self._saved is None else tokens_in(self._saved))
+        room = self.talking.context_tokens or max(needed, 1)
+        self._engine = Engine(self.model, batch=1, context_tokens=room, chunk_tokens=self.talking.chunk_tokens)
         self._engine.seed(self.talking.seed)
         if self._saved is not None:
             note = json.loads(self._engine.load(self._saved).get("conversation", "{}"))
             self._messages = note.get("messages", [])
             self._document, self._rendered = note.get("document", ""), note.get("rendered", "")
 
-    def _go_on(self, tokens: Sequence[int], *, write: bool) -> dict[str, Any]:
-        """Reads tokens and, if it is to write, writes an answer."""
+    def _go_on(self, tokens: Sequence[int], *, write: bool, chat: bool = False) -> tuple[dict[str, Any], str]:
+        """Reads tokens and, if it is to write, writes an answer; also returns that with its special tokens."""
         from transformers import TextStreamer
 
         from hybridize.evaluation.generation import end_tokens
@@ -159,19 +164,20 @@ class Talker:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 output.write(text + ("\n" if stream_end else ""))
 
-        self._prepare(tokens, self.talking.max_new_tokens if write else 0)
+        self._prepare(len(tokens) + (self.talking.max_new_tokens if write else 0), chat=chat)
         started = time.perf_counter()
         self._read(tokens)
         read = time.perf_counter()
+        output.detail(f"{len(tokens)} tokens read in {read - started:.2f} s")
         said: dict[str, Any] = {"prompt_tokens": len(tokens), "context_tokens": self._engine.lengths[0]}
+        written = ""
         if write:
             new = self._write(Stream(self.tokenizer, skip_special_tokens=True), end_tokens(self.model))
             seconds = time.perf_counter() - read
             output.detail(f"{len(new)} tokens in {seconds:.2f} s ({len(new) / seconds:.1f} tokens/s)")
             said |= {"text": self.tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
-            said |= {"raw": self.tokenizer.decode(new, skip_special_tokens=False)}
-        output.detail(f"{len(tokens)} tokens read in {read - started:.2f} s")
-        return {**said, "read_s": read - started, "seconds": time.perf_counter() - started}
+            written = self.tokenizer.decode(new, skip_special_tokens=False)
+        return {**said, "read_s": read - started, "seconds": time.perf_counter() - started}, written
 
     def _read(self, tokens: Sequence[int]) -> None:
         with self.output.reporter().task("reading", len(tokens)) as task:

@@ -75,9 +75,11 @@ class Decoder:
             [B, T, width], before the last norm.
         """
         x: Tensor = self.model.model.embed_tokens(tokens)
-        first = cache.get_seq_length()
-        place = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-        rotary = self.model.model.rotary_emb(x, place if positions is None else positions.clamp(min=0))
+        place = positions
+        if place is None:
+            first = cache.get_seq_length()
+            place = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        rotary = self.model.model.rotary_emb(x, place.clamp(min=0))
         for layer, attention in zip(self._layers, self._attentions, strict=True):
             x = layer_body(layer, attention, x, position_embeddings=rotary, cache=cache, token_positions=positions)
         return x

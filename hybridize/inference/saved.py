@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hybridize.checkpoint import load_file, save_file
+from hybridize.checkpoint import load_file, load_one, save_file
 from hybridize.errors import CheckpointError, UsageError
 from hybridize.inference.full_attention import FullAttentionState
 from hybridize.mixers.parts.position_slots import PositionState
@@ -95,6 +95,15 @@ def load(engine: Engine, path: str | Path) -> dict[str, str]:
     ends = tensors["lengths"].cumsum(0).tolist()
     engine.begin_from([texts[end - length : end] for end, length in zip(ends, lengths, strict=True)])
     return {key: value for key, value in metadata.items() if key not in ("hybridize_state", "model", "sha256")}
+
+
+def tokens_in(path: str | Path) -> int:
+    """Tokens of the longest text in a saved state, from one small tensor of it.
+
+    Raises:
+        CheckpointError: there is no such file, or it is of another kind.
+    """
+    return int(load_one(path, "lengths").max())
 
 
 def _filled(engine: Engine, tokens: int) -> dict[str, Tensor]:

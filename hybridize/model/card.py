@@ -18,7 +18,7 @@ _TOLD = ("window_tokens", "sink_tokens", "budget_tokens", "block_tokens", "selec
 """Settings that are shown even where they are the default: they decide the memory."""
 
 _LIMITS = """\
-- Decoding states cannot be rolled back: assisted decoding, prompt lookup and static caches are refused.
+- Decoding states cannot lose their last tokens: assisted decoding, prompt lookup and static caches are refused.
 - Attention masks must be 2-D (left or right padding); packed masks with a row for each query are refused.
 - Perplexity hides forgetting: look at recall by length before relying on text far back in the context.
 """

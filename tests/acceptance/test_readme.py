@@ -87,7 +87,7 @@ def test_target_is_in_the_makefile(line: str) -> None:
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=["elsewhere", "python"])
+@pytest.mark.parametrize("code", blocks(README, "python"), ids=["engine", "elsewhere", "python"])
 def test_python_compiles_and_its_imports_are_there(code: str) -> None:
     tree = ast.parse(code)
     compile(tree, "README.md", "exec")

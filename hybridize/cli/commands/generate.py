@@ -82,7 +82,6 @@ def command(
     else:
         said = {}
     if said:
-        said.pop("raw", None)
         settings.output.result("generate", {"model": model, "prompt": prompt, "chat": chat, **said})
     if chat and not settings.as_json and not only_reads:
         while question := settings.output.ask("> "):
