@@ -63,7 +63,11 @@ bench: $(VENV)/installed-dev  ## time the kernels beside their peers on this CUD
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/native_sparse_attention.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation_loss.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/layer_ops.py
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/norm_linear.py
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation.py
+
+inference: $(VENV)/installed-dev  ## time prefill and decode of hybrids beside their teachers on this CUDA GPU (ten minutes); rows go to recipes/results
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/inference.py
 
 scaling: $(VENV)/installed-dev  ## time distillation on one CUDA GPU and on all that are here; rows go to recipes/results
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/distillation_scaling.py
