@@ -15,7 +15,7 @@ from hybridize.checkpoint.reader import (
 from hybridize.checkpoint.resources import require_free_disk, require_memory, resource_errors
 from hybridize.checkpoint.safetensors_header import TensorHeader
 from hybridize.checkpoint.safetensors_writer import save_tensors
-from hybridize.checkpoint.single_file import load_file, load_one, save_file
+from hybridize.checkpoint.single_file import load_file, load_one, require_place, save_file
 from hybridize.checkpoint.source import CheckpointSource, resolve_source
 from hybridize.checkpoint.verify import (
     VerifyReport,
@@ -50,6 +50,7 @@ __all__ = [
     "replace_in_manifest",
     "require_free_disk",
     "require_memory",
+    "require_place",
     "require_usable_weights",
     "resolve_source",
     "resource_errors",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hybridize.checkpoint.resources import require_free_disk, resource_errors
 from hybridize.checkpoint.safetensors_header import read_safetensors_header
 from hybridize.checkpoint.safetensors_writer import write_safetensors
-from hybridize.errors import CheckpointError
+from hybridize.errors import CheckpointError, ResourceError
 from hybridize.files import sync_file
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ def save_file(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: M
         metadata: texts of the header.
 
     Raises:
-        ResourceError: too little free disk, or it fills up; a file that was there is still there.
+        ResourceError: no such folder, too little free disk, or it fills up; a file that was there is still there.
     """
     path = Path(path)
+    require_place(path)
     require_free_disk(path.parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -42,6 +43,15 @@ def save_file(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: M
     finally:
         partial.unlink(missing_ok=True)
     sync_file(path.parent)
+
+
+def require_place(path: str | Path) -> None:
+    """Raises ResourceError unless a file may be written there, as far as can be told beforehand."""
+    path = Path(path)
+    if path.is_dir():
+        raise ResourceError("this is a folder, not a file.", where=str(path))
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ResourceError("there is no such folder, or it may not be written.", where=str(path.parent))
 
 
 def load_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -65,8 +75,8 @@ def load_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return tensors, metadata
 
 
-def load_one(path: str | Path, name: str) -> torch.Tensor:
-    """One tensor of such a file, unchecked but for its header; the rest is not read.
+def load_one(path: str | Path, name: str) -> tuple[torch.Tensor, dict[str, str]]:
+    """One tensor of such a file and the metadata, unchecked but for the header; the rest is not read.
 
     Raises:
         CheckpointError: there is no such file or tensor, or the header is damaged.
@@ -79,8 +89,7 @@ def load_one(path: str | Path, name: str) -> torch.Tensor:
     if name not in read_safetensors_header(path.parent, path.name):
         raise CheckpointError(f"There is no tensor {name!r}.", where=str(path))
     with safe_open(path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
+        return file.get_tensor(name), dict(file.metadata() or {})
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

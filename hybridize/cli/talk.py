@@ -67,6 +67,9 @@ class Talker:
             self.tokenizer = load_tokenizer(model, offline=offline)
         self._engine: Any = None
         self._saved: Path | None = None
+        self._saved_tokens = 0
+        self._went_on = False
+        """Something was read, to its end."""
         self._messages: list[dict[str, str]] = []
         self._document = ""
         """Opens the next question of a conversation."""
@@ -77,20 +80,36 @@ class Talker:
 
     def restore(self, path: Path) -> None:
         """Goes on from a saved state."""
-        self._saved = path
+        from hybridize.inference.saved import look_into
 
-    def save(self, path: Path) -> None:
-        """Keeps what was read and written, for `restore`."""
+        self._saved_tokens, note = look_into(path)
+        self._saved = path
+        conversation = json.loads(note.get("conversation", "{}"))
+        self._messages = conversation.get("messages", [])
+        self._document, self._rendered = conversation.get("document", ""), conversation.get("rendered", "")
+
+    def save(self, path: Path) -> bool:
+        """Keeps what was read and written, for `restore`; False where nothing was."""
+        if not self._went_on:
+            return False
         note = {"messages": self._messages, "document": self._document, "rendered": self._rendered}
         self._engine.save(path, note={"conversation": json.dumps(note, ensure_ascii=False)})
+        return True
 
     def complete(self, prompt: str, *, write: bool = True) -> dict[str, Any]:
-        """Reads a text after what was read before, and continues it if it is to write."""
+        """Reads a text after what was read before, and continues it if it is to write.
+
+        Raises:
+            UsageError: what was read before is a conversation.
+        """
         from hybridize.evaluation.generation import prompt_ids
 
+        if self._rendered:
+            hint = "Add --chat, or read the text without it."
+            raise UsageError("the saved state is that of a conversation.", where="--state", hint=hint)
         if write:
             self.output.write(prompt)
-        if self._saved is not None or (self._engine is not None and self._engine.lengths[0]):
+        if self._saved is not None:
             tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         else:
             tokens = prompt_ids(self.tokenizer, prompt)
@@ -101,28 +120,34 @@ class Talker:
         """Answers in the conversation so far. Without a question, reads the document that will open the next one.
 
         Raises:
-            UsageError: the model's tokenizer has no chat template.
+            UsageError: the model's tokenizer has no chat template, or the template changes the document.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template.", where="--chat", hint="Use --prompt instead.")
-        if self._saved is not None:
-            self._prepare(0)
-        document = self._document or document
+        document = "\n\n".join(part for part in (self._document, document) if part)
         content = "\n\n".join(part for part in (document, question) if part)
-        self._document = document if question is None else ""
         messages = [*self._messages, {"role": "user", "content": content}]
         text = self._template(messages, add_generation_prompt=question is not None)
         if question is None:
+            if document not in text:
+                hint = "Read it without --chat, or together with a question."
+                raise UsageError("the chat template changes the document.", where="--prompt-file", hint=hint)
             text = text[: text.rindex(document) + len(document)]
         if not text.startswith(self._rendered):  # the template says otherwise now what was said: all of it again
-            self._engine.reset()
-            self._rendered = ""
+            self._forget()
         fresh = self.tokenizer(text[len(self._rendered) :], add_special_tokens=False)["input_ids"]
         said, written = self._go_on(fresh, write=question is not None, chat=True)
         self._rendered = text + written
+        self._document = document if question is None else ""
         if question is not None:
             self._messages = [*messages, {"role": "assistant", "content": said["text"]}]
         return said
+
+    def _forget(self) -> None:
+        """What was said stays known; what was read of it is read again."""
+        self._rendered, self._saved = "", None
+        if self._engine is not None:
+            self._engine.reset()
 
     def _template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -140,17 +165,14 @@ class Talker:
         if self._engine is not None:
             return
         from hybridize.inference import Engine
-        from hybridize.inference.saved import tokens_in
 
-        more = CHAT_TOKENS if chat or self._saved is not None else 0
-        needed = tokens + more + (0 if self._saved is None else tokens_in(self._saved))
-        room = self.talking.context_tokens or max(needed, 1)
+        more = CHAT_TOKENS if chat else 0
+        before = 0 if self._saved is None else self._saved_tokens
+        room = self.talking.context_tokens or max(before + tokens + more, 1)
         self._engine = Engine(self.model, batch=1, context_tokens=room, chunk_tokens=self.talking.chunk_tokens)
         self._engine.seed(self.talking.seed)
         if self._saved is not None:
-            note = json.loads(self._engine.load(self._saved).get("conversation", "{}"))
-            self._messages = note.get("messages", [])
-            self._document, self._rendered = note.get("document", ""), note.get("rendered", "")
+            self._engine.load(self._saved)
 
     def _go_on(self, tokens: Sequence[int], *, write: bool, chat: bool = False) -> tuple[dict[str, Any], str]:
         """Reads tokens and, if it is to write, writes an answer; also returns that with its special tokens."""
@@ -164,7 +186,9 @@ class Talker:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 output.write(text + ("\n" if stream_end else ""))
 
-        self._prepare(len(tokens) + (self.talking.max_new_tokens if write else 0), chat=chat)
+        needed = len(tokens) + (self.talking.max_new_tokens if write else 0)
+        self._prepare(needed, chat=chat)
+        self._engine.require_room([needed])  # before anything is read: a conversation without room stays as it is
         started = time.perf_counter()
         self._read(tokens)
         read = time.perf_counter()
@@ -177,6 +201,7 @@ class Talker:
             output.detail(f"{len(new)} tokens in {seconds:.2f} s ({len(new) / seconds:.1f} tokens/s)")
             said |= {"text": self.tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
             written = self.tokenizer.decode(new, skip_special_tokens=False)
+        self._went_on = True
         return {**said, "read_s": read - started, "seconds": time.perf_counter() - started}, written
 
     def _read(self, tokens: Sequence[int]) -> None:

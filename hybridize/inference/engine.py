@@ -45,8 +45,9 @@ class Engine:
     recorded as a CUDA graph at the first call and replayed; on a CPU the same things are done one by one.
 
     Args:
-        model: a causal language model of a supported family, hybrid or not, in eval mode. Its projections are joined
-            and its layers fused in place; its parameters keep their names and values.
+        model: a causal language model of a supported family, hybrid or not, in eval mode, adapters merged. Its
+            projections are joined and its layers fused in place; its parameters keep their names and values, and must
+            not change while the engine is there.
         batch: rows, B.
         context_tokens: room a row in layers whose state grows with the text (full attention, native sparse attention);
             a hybrid of constant memory goes on past it.
@@ -57,6 +58,7 @@ class Engine:
             models, whose pieces take the host longer to queue than the device to compute.
     """
 
+    @torch.inference_mode(False)  # what is made in that mode may not be written outside of it
     def __init__(
         self,
         model: Any,
@@ -67,7 +69,8 @@ class Engine:
         record: bool = True,
         record_reading: bool = False,
     ) -> None:
-        chunk_tokens = chunk_tokens or (8192 if model.device.type == "cuda" else 1024)
+        if chunk_tokens is None:
+            chunk_tokens = 8192 if model.device.type == "cuda" else 1024
         for name, count in (("batch", batch), ("context_tokens", context_tokens), ("chunk_tokens", chunk_tokens)):
             if count < 1:
                 raise UsageError(f"must be at least 1, is {count}.", where=name)
@@ -79,6 +82,8 @@ class Engine:
         with torch.no_grad():
             self.states = States(model, adapter, self.geometry, batch=batch, context_tokens=context_tokens)
             self._decoder = Decoder(model, adapter, self.states)
+        self._turn = 0
+        """Counts what changed rows, so that a writer that was left aside notices."""
         self.lengths = [0] * batch
         """Tokens that each row has read, those that it wrote included."""
         self.texts: list[list[int]] | None = [[] for _ in range(batch)]
@@ -121,16 +126,19 @@ class Engine:
             `logits`.
 
         Raises:
-            UsageError: not a text for each row, a token outside the vocabulary, or more than there is room for.
+            UsageError: not a text for each row, a token outside the vocabulary, or more than there is room for. After
+                any other error, a full memory or an interrupt say, every row is empty.
         """
         if len(texts) != self.batch:
             raise UsageError(f"{len(texts)} texts for {self.batch} rows.", hint="Give one a row; it may be empty.")
         lengths = [len(text) for text in texts]
-        for row, text in enumerate(texts):
-            if len(text) and not 0 <= min(text) <= max(text) < self.geometry.vocab_size:
-                raise UsageError(f"a token is outside 0..{self.geometry.vocab_size - 1}.", where=f"row {row}")
+        self._require_known(texts)
         self.require_room(lengths)
-        self._reader.read(texts, self.lengths, self.chunk_tokens, on_tokens)
+        try:
+            self._reader.read(texts, self.lengths, self.chunk_tokens, on_tokens)
+        except BaseException:
+            self.reset()  # some layers have read what others have not
+            raise
         self._went_on(texts)
         self._positions.copy_(torch.tensor(self.lengths))
         return self.logits
@@ -148,6 +156,7 @@ class Engine:
         if tuple(given.shape) != (self.batch,):
             raise UsageError(f"tokens of shape {list(given.shape)} for {self.batch} rows.", hint="Give one a row.")
         new = [[token] if token >= 0 else [] for token in given.tolist()]
+        self._require_known(new)
         self.require_room([len(text) for text in new])
         self._forward.prepare()
         self._active.copy_(given >= 0)
@@ -173,20 +182,23 @@ class Engine:
             rows: which rows write; all unless given.
 
         Yields:
-            After every few steps, the new tokens of each row.
+            After every few steps, the new tokens of each row, which are part of `texts` by then.
 
         Raises:
-            UsageError: a row has read nothing, or there is no room.
+            UsageError: a row has read nothing, or there is no room; or rows were changed otherwise between two looks.
         """
         sampling = sampling or Sampling()
         writing = list(range(self.batch)) if rows is None else list(rows)
         for row in writing:
+            if not 0 <= row < self.batch:
+                raise UsageError(f"there is no row {row} among {self.batch}.", where="rows")
             if self.lengths[row] == 0:
                 raise UsageError("there is nothing to go on from.", where=f"row {row}", hint="Read a text first.")
         self.require_room([new_tokens * (row in writing) for row in range(self.batch)])
         step = self._writing_step(sampling, ends)
         self._active.zero_()
         self._active[writing] = True
+        turn = self._turn = self._turn + 1
         done = 0
         while done < new_tokens and writing:
             count = min(LOOK_STEPS, new_tokens - done)
@@ -197,8 +209,12 @@ class Engine:
             written = self._written[:count].T.tolist()
             new = [[token for token in row if token >= 0] for row in written]
             self._went_on(new)
-            done += count
+            turn, done = self._turn, done + count
             yield new
+            if self._turn != turn:
+                raise UsageError(
+                    "rows were changed while one was writing.", hint="Let a writer end, or leave it, before you go on."
+                )
             writing = [row for row in writing if len(new[row]) == count and new[row][-1] not in ends]
 
     @torch.no_grad()
@@ -211,6 +227,7 @@ class Engine:
             step()
         self.lengths = [length + steps for length in self.lengths]
         self.texts = None
+        self._turn += 1
 
     def _writing_step(self, sampling: Sampling, ends: Sequence[int]) -> Recorded:
         """The recorded step of a sampling; what ends a row is data, as far as there is as much of it."""
@@ -267,6 +284,7 @@ class Engine:
         self.states.take(index)
         for tensor in (self.logits, self._positions):
             tensor.copy_(tensor.index_select(0, index))
+        self._turn += 1
         self.lengths = [self.lengths[row] for row in rows]
         if self.texts is not None:
             self.texts = [list(self.texts[row]) for row in rows]
@@ -284,6 +302,7 @@ class Engine:
         for name, tensor in self.states.named():
             tensor.copy_(snapshot.tensors[name])
         self.logits.copy_(snapshot.logits)
+        self._turn += 1
         self.lengths = list(snapshot.lengths)
         self.texts = None if snapshot.texts is None else [list(text) for text in snapshot.texts]
         self._positions.copy_(torch.tensor(self.lengths))
@@ -307,6 +326,7 @@ class Engine:
 
     def begin_from(self, texts: Sequence[Sequence[int]]) -> None:
         """The states have read these texts; rows without one are empty."""
+        self._turn += 1
         known = [*texts, *[[] for _ in range(self.batch - len(texts))]]
         self.texts = [list(text) for text in known]
         self.lengths = [len(text) for text in known]
@@ -322,17 +342,25 @@ class Engine:
         self.texts = None
         self._positions.fill_(tokens)
 
-    def require_room(self, new_tokens: Sequence[int]) -> None:
-        """Raises UsageError unless every row has room for so many tokens more."""
-        for row, (length, new) in enumerate(zip(self.lengths, new_tokens, strict=True)):
+    def require_room(self, new_tokens: Sequence[int], *, of_empty_rows: bool = False) -> None:
+        """Raises UsageError unless the first rows have room for so many tokens more, or would have, were they empty."""
+        for row, new in enumerate(new_tokens):
+            length = 0 if of_empty_rows else self.lengths[row]
             if self.states.grows and new and length + new > self.context_tokens:
                 raise UsageError(
                     f"{length + new} tokens, and room for {self.context_tokens}.",
                     where=f"row {row}",
-                    hint="Give a larger context_tokens: the state of some layers grows with the text.",
+                    hint="Give more (context_tokens, --context-tokens): the state of some layers grows with the text.",
                 )
 
+    def _require_known(self, texts: Sequence[Sequence[int]]) -> None:
+        """Raises UsageError where a token is outside the vocabulary: a GPU would not survive it."""
+        for row, text in enumerate(texts):
+            if len(text) and not 0 <= min(text) <= max(text) < self.geometry.vocab_size:
+                raise UsageError(f"a token is outside 0..{self.geometry.vocab_size - 1}.", where=f"row {row}")
+
     def _went_on(self, new: Sequence[Sequence[int]]) -> None:
+        self._turn += 1
         self.lengths = [length + len(text) for length, text in zip(self.lengths, new, strict=True)]
         if self.texts is not None:
             for text, more in zip(self.texts, new, strict=True):

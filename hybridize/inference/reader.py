@@ -91,7 +91,7 @@ class RecordedPiece:
         self._columns = torch.arange(piece.length, device=device)
         cache = states.rows(piece.first, piece.end, 1)
         held = [tensor for state in cache.layers for tensor in state.tensors.values()]
-        before = [tensor.clone() for tensor in held]
+        self._before = [tensor.clone() for tensor in held]
         self._last: Tensor | None = None
 
         def run() -> None:
@@ -99,7 +99,7 @@ class RecordedPiece:
             self._last = last.clone() if self._last is None else self._last.copy_(last)
 
         def restore() -> None:
-            for tensor, value in zip(held, before, strict=True):
+            for tensor, value in zip(held, self._before, strict=True):
                 tensor.copy_(value)
 
         self._run = Recorded(run, device, restore)
@@ -109,6 +109,7 @@ class RecordedPiece:
         self._tokens.copy_(tokens, non_blocking=True)
         self._positions.copy_(self._columns + before)
         self._run.prepare()
+        self._before.clear()
         self._run()
         assert self._last is not None
         return self._last

@@ -46,7 +46,8 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return _likeliest(logits)
-    scaled = logits.float() / sampling.temperature
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
         upto = scaled.softmax(-1).cumsum(-1)
         return _first_above(upto, uniform * upto[:, -1])

@@ -24,19 +24,21 @@ if TYPE_CHECKING:
     from hybridize.inference.engine import Engine
 
 VERSION = "1"
+_NOTE = "note."
+"""Before the keys of a note, so that none is one of ours."""
 _SAMPLED = 256
-"""Numbers of each parameter that a model is known by."""
+"""Numbers of each tensor that a model is known by."""
 _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"}
 
 
 def fingerprint(model: Any) -> str:
-    """One SHA-256 for a loaded model: its configuration, its dtype and some numbers of every parameter."""
+    """One SHA-256 for a loaded model: its configuration, dtypes, and some numbers of every parameter and buffer."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            some = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLED)]
-            digest.update(f"{name}\0{parameter.dtype}\0{list(parameter.shape)}\n".encode())
+        for name, tensor in model.state_dict().items():
+            some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLED)]
+            digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
             digest.update(memoryview(some.contiguous().cpu().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
@@ -58,7 +60,8 @@ def save(engine: Engine, path: str | Path, rows: Sequence[int], note: Mapping[st
     tensors["logits"] = engine.logits[index]
     tensors["lengths"] = torch.tensor([engine.lengths[row] for row in rows])
     tensors["texts"] = torch.tensor([token for row in rows for token in engine.texts[row]], dtype=torch.int32)
-    save_file(path, tensors, {**note, "hybridize_state": VERSION, "model": fingerprint(engine.model)})
+    noted = {f"{_NOTE}{key}": value for key, value in note.items()}
+    save_file(path, tensors, {**noted, "hybridize_state": VERSION, "model": fingerprint(engine.model)})
 
 
 def load(engine: Engine, path: str | Path) -> dict[str, str]:
@@ -82,8 +85,8 @@ def load(engine: Engine, path: str | Path) -> dict[str, str]:
     lengths: list[int] = tensors["lengths"].tolist()
     if len(lengths) > engine.batch:
         raise UsageError(f"{len(lengths)} rows, and room for {engine.batch}.", where=where, hint="Give a larger batch.")
+    engine.require_room(lengths, of_empty_rows=True)
     engine.reset()
-    engine.require_room([*lengths, *[0] * (engine.batch - len(lengths))])
     for name, tensor in engine.states.named():
         saved = tensors[name]
         target = tensor[: len(lengths)]
@@ -94,16 +97,22 @@ def load(engine: Engine, path: str | Path) -> dict[str, str]:
     texts = tensors["texts"].tolist()
     ends = tensors["lengths"].cumsum(0).tolist()
     engine.begin_from([texts[end - length : end] for end, length in zip(ends, lengths, strict=True)])
-    return {key: value for key, value in metadata.items() if key not in ("hybridize_state", "model", "sha256")}
+    return note_of(metadata)
 
 
-def tokens_in(path: str | Path) -> int:
-    """Tokens of the longest text in a saved state, from one small tensor of it.
+def note_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What `save` was given as a note, from a file's metadata."""
+    return {key.removeprefix(_NOTE): value for key, value in metadata.items() if key.startswith(_NOTE)}
+
+
+def look_into(path: str | Path) -> tuple[int, dict[str, str]]:
+    """Tokens of the longest text in a saved state, and the note; the states themselves are not read.
 
     Raises:
         CheckpointError: there is no such file, or it is of another kind.
     """
-    return int(load_one(path, "lengths").max())
+    lengths, metadata = load_one(path, "lengths")
+    return int(lengths.max()), note_of(metadata)
 
 
 def _filled(engine: Engine, tokens: int) -> dict[str, Tensor]:

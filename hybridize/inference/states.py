@@ -40,6 +40,7 @@ class States:
                 if isinstance(state, PositionState):
                     self.grows = True
                     state.reserve(attention.config.capacity(context_tokens))
+                    state.may_grow = False
             else:
                 slots = context_tokens if window is None else min(window, context_tokens)
                 self.grows |= window is None or window > context_tokens

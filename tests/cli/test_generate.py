@@ -107,3 +107,71 @@ def test_a_state_of_another_model_or_none_is_refused(
     empty.write_text("")
     assert invoke("generate", chatty, *options, "--prompt-file", empty).code == 2
     assert invoke("generate", chatty, *options, "--prompt-file", tmp_path / "nothing").code == 2
+
+
+def test_another_document_may_follow_the_first(
+    invoke: Invoke, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("one", DOCUMENT), ("two", "a fish was in the net")):
+        (tmp_path / name).write_text(text)
+    first, options = tmp_path / "first", ("--max-new-tokens", 4, "--json", "-q")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert (
+        invoke("generate", chatty, "--chat", "--prompt-file", tmp_path / "one", "--save-state", first, *options).code
+        == 0
+    )
+    both = invoke(
+        "generate", chatty, "--chat", "--state", first, "--prompt-file", tmp_path / "two", "--prompt", "who?", *options
+    )
+    one = invoke("generate", chatty, "--chat", "--state", first, "--prompt", "who?", *options)
+    assert both.json["prompt_tokens"] > one.json["prompt_tokens"] + 3
+
+
+def test_nothing_said_is_nothing_kept(
+    invoke: Invoke, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    result = invoke("generate", chatty, "--chat", "--save-state", tmp_path / "state", "-q")
+    assert (result.code, result.err) == (0, "")
+    assert not (tmp_path / "state").exists()
+
+
+def test_where_a_state_cannot_be_kept_is_said_before_anything_is_read(
+    invoke: Invoke, chatty: Path, tmp_path: Path
+) -> None:
+    for path, code in ((tmp_path, 2), (tmp_path / "none" / "state", 5)):
+        result = invoke("generate", chatty, "--prompt", "the sea", "--save-state", path, "-q")
+        assert (result.code, result.out) == (code, "")
+
+
+def test_a_conversation_without_room_is_kept_as_far_as_it_went(
+    invoke: Invoke, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{DOCUMENT}\n"))
+    options = ("--max-new-tokens", 4, "-q")
+    full = invoke("generate", chatty, "--chat", "--context-tokens", 40, "--save-state", state, *options)
+    assert full.code == 2
+    assert "--context-tokens" in full.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\n"))
+    goes_on = invoke("generate", chatty, "--chat", "--state", state, *options)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\n"))
+    whole = invoke("generate", chatty, "--chat", *options)
+    assert full.out + goes_on.out == whole.out
+
+
+def test_a_long_question_to_a_kept_conversation_has_room(
+    invoke: Invoke, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    options = ("--max-new-tokens", 2, "--json", "-q")
+    begun = invoke("generate", chatty, "--chat", "--prompt", "one", "--save-state", state, *options)
+    assert begun.code == 0, begun.err
+    (tmp_path / "long").write_text(DOCUMENT * 40)
+    asked = invoke(
+        "generate", chatty, "--chat", "--state", state, "--prompt-file", tmp_path / "long", "--prompt", "two", *options
+    )
+    assert asked.code == 0, asked.err
+    plain = invoke("generate", chatty, "--state", state, "--prompt", "two", *options)
+    assert (plain.code, "--chat" in plain.err + plain.out) == (2, True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hybridize.errors import UsageError
-from hybridize.inference import Engine, Sampling, reader
+from hybridize.inference import Engine, Sampling, reader, steps
 from hybridize.inference.engine import LOOK_STEPS
+from hybridize.inference.sampling import choose
 from hybridize.mixers.configs.full_attention import FullAttentionConfig
 from tests.contract.settings import DEVICES, tiny_mixer
 from tests.inference.hybrids import CASES, MIXER_NAMES, TOLERANCE, continued, logits_of, texts, tiny_hybrid
@@ -244,3 +245,123 @@ def test_pieces_that_are_recorded_read_the_same(mixer, monkeypatch):
     for row, text in enumerate(engine.texts):
         torch.testing.assert_close(engine.logits[row], logits_of(plain, text), **TOLERANCE)
     assert len(made) == (0 if mixer in ("full_attention", "native_sparse_attention") else 4)
+
+
+def test_sparse_attention_beside_a_row_that_is_nearly_full():
+    """Together the rows would need more slots than each has, if one went by the longest of both."""
+    plain = tiny_hybrid("native_sparse_attention", "llama")
+    engine = engine_of("native_sparse_attention", batch=2)
+    places = {name: tensor.data_ptr() for name, tensor in engine.states.named()}
+    engine.read([texts(ROOM - 13)[0], []])
+    engine.read(texts(1, 40, seed=2))
+    written(engine, 4)
+    assert {name: tensor.data_ptr() for name, tensor in engine.states.named()} == places
+    for row, text in enumerate(engine.texts):
+        torch.testing.assert_close(engine.logits[row], logits_of(plain, text), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "gated_delta_net", "native_sparse_attention"])
+def test_a_mixer_without_a_step_of_its_own_decodes_too(name, monkeypatch):
+    monkeypatch.delitem(steps._STEPS, name)
+    plain, engine = tiny_hybrid(name, "llama"), engine_of(name, batch=2)
+    engine.read(texts(30, 2))
+    made = written(engine, 15)
+    for row, text in enumerate(engine.texts):
+        torch.testing.assert_close(engine.logits[row], logits_of(plain, text), **TOLERANCE)
+    assert [len(row) for row in made] == [15, 15]
+
+
+def test_adapters_must_be_merged():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_hybrid("sliding_window", "llama"), LoraConfig(target_modules=["up_proj"], r=2))
+    with pytest.raises(UsageError, match="Merge"):
+        Engine(model.base_model.model, batch=1, context_tokens=8)
+
+
+def test_two_engines_share_one_model():
+    model = tiny_hybrid("token_eviction", "llama")
+    engines = [Engine(model, batch=1, context_tokens=ROOM) for _ in range(2)]
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight *= 1.5
+    (text,) = texts(30)
+    for engine in engines:
+        engine.read([text[:20]])
+        for token in text[20:]:
+            engine.step([token])
+    assert torch.equal(engines[0].logits, engines[1].logits)
+    torch.testing.assert_close(engines[0].logits[0], logits_of(model, text), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda engine: engine.step([5, -1]),
+        lambda engine: engine.read([[], [7]]),
+        lambda engine: engine.select([1, 0]),
+        lambda engine: engine.restore(engine.snapshot()),
+        lambda engine: next(engine.write(3)),
+        lambda engine: engine.run(2),
+        lambda engine: engine.reset(),
+        lambda engine: engine.pretend(9),
+    ],
+)
+def test_a_writer_notices_that_rows_were_changed(change):
+    engine = engine_of("token_eviction", batch=2)
+    engine.read(texts(20, 20))
+    writer = engine.write(3 * LOOK_STEPS)
+    next(writer)
+    change(engine)
+    with pytest.raises(UsageError, match="changed while one was writing"):
+        next(writer)
+
+
+def test_a_writer_may_be_left():
+    plain, engine = tiny_hybrid("token_eviction", "llama"), engine_of("token_eviction", batch=1)
+    engine.read(texts(20))
+    next(engine.write(100 - LOOK_STEPS))
+    written(engine, 5)
+    assert engine.lengths == [20 + LOOK_STEPS + 5]
+    torch.testing.assert_close(engine.logits[0], logits_of(plain, engine.texts[0]), **TOLERANCE)
+
+
+def test_after_an_error_in_the_midst_of_a_text_every_row_is_empty():
+    engine = engine_of("token_eviction", batch=2, chunk_tokens=16)
+    expected = engine.read(texts(40, 40)).clone()
+
+    def interrupted(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.read(texts(30, 30, seed=2), on_tokens=interrupted)
+    assert engine.lengths == [0, 0]
+    assert torch.equal(engine.read(texts(40, 40)), expected)
+
+
+def test_wrong_arguments_are_refused_before_anything_happens():
+    engine = engine_of("token_eviction", batch=2)
+    engine.read(texts(20, 20))
+    with pytest.raises(UsageError, match="no row -1"):
+        next(engine.write(1, rows=[-1]))
+    with pytest.raises(UsageError, match="outside"):
+        engine.step([96, 1])
+    with pytest.raises(UsageError, match="2 rows"):
+        engine.step([1])
+    with pytest.raises(UsageError, match="chunk_tokens"):
+        engine_of("token_eviction", chunk_tokens=0)
+    assert engine.lengths == [20, 20]
+
+
+def test_an_engine_made_in_inference_mode_works_outside():
+    model = tiny_hybrid("gated_delta_net", "llama")
+    with torch.inference_mode():
+        engine = Engine(model, batch=1, context_tokens=ROOM)
+    engine.read(texts(20))
+    assert len(written(engine, 3)[0]) == 3
+
+
+def test_a_temperature_near_0_takes_the_likeliest():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, -2.0]])
+    for sampling in (Sampling(1e-40), Sampling(1e-40, top_p=0.5), Sampling(1e-40, top_k=2)):
+        assert choose(logits, torch.tensor([0.3, 0.99]), sampling).tolist() == [1, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridize.errors import CheckpointError, UsageError
+from hybridize.errors import CheckpointError, ResourceError, UsageError
 from hybridize.inference import Engine, Sampling
 from tests.inference.hybrids import MIXER_NAMES, texts, tiny_hybrid
 from tests.inference.test_engine import engine_of, written
@@ -76,8 +76,11 @@ def test_a_changed_file_another_model_and_too_little_room_are_refused(tmp_path):
         Engine(tiny_hybrid("token_eviction", "llama").bfloat16(), batch=2, context_tokens=64).load(path)
     with pytest.raises(UsageError, match="2 rows"):
         engine_of("token_eviction", batch=1).load(path)
+    small = engine_of("token_eviction", batch=2, context_tokens=39)
+    small.read(texts(9, 8))
     with pytest.raises(UsageError, match="room for 39"):
-        engine_of("token_eviction", batch=2, context_tokens=39).load(path)
+        small.load(path)
+    assert small.lengths == [9, 8]
     whole = path.read_bytes()
     changed = bytearray(whole)
     changed[-5] ^= 1
@@ -115,3 +118,28 @@ def test_an_old_state_stays_when_a_new_one_cannot_be_written(tmp_path, monkeypat
         engine.save(tmp_path / "state")
     assert (tmp_path / "state").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_note_may_have_any_keys(tmp_path):
+    engine = engine_of("sliding_window", batch=1)
+    engine.read(texts(5))
+    note = {"model": "mine", "sha256": "none", "hybridize_state": "good"}
+    engine.save(tmp_path / "state", note=note)
+    assert engine.load(tmp_path / "state") == note
+
+
+def test_thresholds_are_part_of_a_model(tmp_path):
+    engine = engine_of("token_eviction", batch=1)
+    engine.read(texts(5))
+    engine.save(tmp_path / "state")
+    next(iter(engine.model.mixers.values())).new.controller.num_kept += 1
+    with pytest.raises(CheckpointError, match="another model"):
+        engine.load(tmp_path / "state")
+
+
+def test_where_no_file_can_be_is_said(tmp_path):
+    engine = engine_of("sliding_window", batch=1)
+    engine.read(texts(5))
+    for path in (tmp_path, tmp_path / "none" / "state"):
+        with pytest.raises(ResourceError, match="folder"):
+            engine.save(path)

@@ -67,28 +67,32 @@ def command(
     if prompt == "":
         raise UsageError("the prompt is empty.", where="--prompt", hint="Give at least one word.")
     document = "" if prompt_file is None else _text(prompt_file)
+    from hybridize.checkpoint import require_place
     from hybridize.cli.talk import Talker, Talking
     from hybridize.inference import Sampling
 
     sampling = Sampling(temperature, top_p, top_k)
     talking = Talking(max_new_tokens, sampling, seed, dtype, context_tokens, chunk_tokens)
+    if save_state is not None:
+        require_place(save_state)
     talker = Talker(model, talking, output=settings.output, offline=settings.offline)
     if state is not None:
         talker.restore(state)
-    if not chat:
-        said = talker.complete(document + (prompt or ""), write=not only_reads)
-    elif prompt is not None or document:
-        said = talker.answer(prompt, document)
-    else:
-        said = {}
-    if said:
-        settings.output.result("generate", {"model": model, "prompt": prompt, "chat": chat, **said})
-    if chat and not settings.as_json and not only_reads:
-        while question := settings.output.ask("> "):
-            talker.answer(question)
-    if save_state is not None:
-        talker.save(save_state)
-        settings.output.note(f"kept in {save_state}")
+    try:
+        if not chat:
+            said = talker.complete(document + (prompt or ""), write=not only_reads)
+        elif prompt is not None or document:
+            said = talker.answer(prompt, document)
+        else:
+            said = {}
+        if said:
+            settings.output.result("generate", {"model": model, "prompt": prompt, "chat": chat, **said})
+        if chat and not settings.as_json and not only_reads:
+            while question := settings.output.ask("> "):
+                talker.answer(question)
+    finally:  # what was said before an error is kept
+        if save_state is not None and talker.save(save_state):
+            settings.output.note(f"kept in {save_state}")
 
 
 def _text(path: Path) -> str:

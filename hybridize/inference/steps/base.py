@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hybridize.errors import UsageError
 from hybridize.inference.states import RowStates
 from hybridize.mixers.base import MixerState
 from hybridize_kernels import norm_linear, rms_norm
@@ -27,6 +29,8 @@ class Moment(NamedTuple):
     rotary: tuple[Tensor, Tensor]
 
 
+_JOINED = "_hybridize_joined"
+"""Of the first of several linear layers: the tensor that all their weights are rows of."""
 ALIGNED = 16
 """Outputs of a joined product are a multiple of this: a library's product of others is several times slower."""
 
@@ -36,9 +40,18 @@ class FusedLinear:
 
     Args:
         modules: of one input size and dtype, at least one.
+
+    Raises:
+        UsageError: one is no plain linear layer: an adapter that is not merged, or quantised.
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        for module in modules:
+            if type(module) is not nn.Linear:
+                raise UsageError(
+                    f"a projection is a {type(module).__name__}, which decoding cannot join with others.",
+                    hint="Merge the adapters first: hybridize export, or peft's merge_and_unload.",
+                )
         self.sizes = [module.out_features for module in modules]
         self.padding = 0 if len(modules) == 1 else -sum(self.sizes) % ALIGNED
         self.weight = _joined(modules, self.padding)
@@ -116,7 +129,10 @@ class MixerAsItIs:
         self.mixer, self.state = mixer, state
 
     def __call__(self, x: Tensor, norm: Any, moment: Moment) -> Tensor:
-        layers = [self.state] * (self.mixer.layer_idx + 1)
+        # Some row has a past, and none is taken for a whole text; how long it is, its tensors say.
+        state = copy.copy(self.state)
+        state.seen_tokens = 1
+        layers = [state] * (self.mixer.layer_idx + 1)
         out, _ = self.mixer(
             hidden_states=norm(x)[:, None],
             position_embeddings=moment.rotary,
@@ -136,6 +152,9 @@ def _joined(modules: Sequence[nn.Linear], padding: int) -> Tensor:
     weights = [module.weight for module in modules]
     if len(weights) == 1:
         return weights[0].detach()
+    known: Tensor | None = getattr(modules[0], _JOINED, None)
+    if known is not None and _lie_in(known, weights):
+        return known  # another engine has joined them
     parts = [weight.detach().to(weights[0].dtype) for weight in weights]
     whole = torch.cat([*parts, *([parts[0].new_zeros(padding, parts[0].shape[1])] if padding else [])])
     start = 0
@@ -143,4 +162,15 @@ def _joined(modules: Sequence[nn.Linear], padding: int) -> Tensor:
         if weight.dtype == whole.dtype:
             weight.data = whole[start : start + len(weight)]
         start += len(weight)
+    setattr(modules[0], _JOINED, whole)
     return whole
+
+
+def _lie_in(whole: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the weights are the rows of it, in order."""
+    start = whole.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != start or weight.dtype != whole.dtype or weight.device != whole.device:
+            return False
+        start += weight.numel() * weight.element_size()
+    return True

@@ -19,7 +19,13 @@ from hybridize.mixers.parts.snapshot import Snapshot
 
 class PositionState(MixerState):
     """Tensors "keys", "values" [B, slots, H, D], "compressed_keys", "compressed_values" [B, slots // block, H, D] and
-    "lengths" [B] int32: tokens so far."""
+    "lengths" [B] int32: tokens so far.
+
+    Attributes:
+        may_grow: False: whoever has reserved its slots answers for it that no row needs more.
+    """
+
+    may_grow = True
 
     def __init__(self, batch: int, heads: int, head_size: int, block_tokens: int, like: Tensor) -> None:
         """An empty state without slots, in the type and on the device of `like`."""
@@ -29,8 +35,8 @@ class PositionState(MixerState):
         self.block_tokens = block_tokens
 
     def make_room(self, slots: int) -> None:
-        """Grows to so many slots, a multiple of the block, if there are fewer."""
-        if slots <= self["keys"].shape[1]:
+        """Grows to so many slots, a multiple of the block, if there are fewer and it may."""
+        if slots <= self["keys"].shape[1] or not self.may_grow:
             return
         for name, size in self._sizes(slots).items():
             old = self[name]
