@@ -143,9 +143,16 @@ def test_half_precision_keys_are_scored_in_float32(kernel_device: str) -> None:
 
 @pytest.mark.parametrize("margin_short_of_window", [1, 5])
 @pytest.mark.parametrize("threshold", [True, False])
-def test_the_state_is_that_of_scoring_before_the_attention(margin_short_of_window: int, threshold: bool) -> None:
-    """Bit for bit, over a run in which many retained tokens give way to better ones."""
-    of = Layers(steps=160, dilation=2, window=4 + margin_short_of_window, budget=5, threshold=threshold)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_state_is_that_of_scoring_before_the_attention(
+    margin_short_of_window: int, threshold: bool, batch: int
+) -> None:
+    """Bit for bit, over a run in which many retained tokens give way to better ones.
+
+    With one row eager multiplies for all layers at once; the library then adds up in another order than for one layer.
+    """
+    window = 4 + margin_short_of_window
+    of = Layers(steps=320 // batch, dilation=2, window=window, budget=5, threshold=threshold, batch=batch)
     assert of.margin == 4
     today, at_the_end = whole_state(of), whole_state(of)
     replaced = 0
@@ -162,9 +169,14 @@ def test_the_state_is_that_of_scoring_before_the_attention(margin_short_of_windo
             history=at_the_end["history"],
             scores=at_the_end["scores"],
         )
-        for name, tensor in today.items():
-            assert torch.equal(tensor, at_the_end[name]), f"{name} after step {step}"
-        assert torch.equal(*(torch.stack(x) for x in outputs))
+        both = {name: (tensor, at_the_end[name]) for name, tensor in today.items()}
+        for name, (one, other) in (both | {"outputs": tuple(torch.stack(x) for x in outputs)}).items():
+            if batch > 1 or not one.is_floating_point():
+                assert torch.equal(one, other), f"{name} after step {step}"
+            elif name == "scores":
+                assert (one - other).abs().max() <= 2.0**-16, f"{name} after step {step}"
+            else:
+                assert_close(f"{name} after step {step}", one, other, OUTPUT[torch.float32])
     assert replaced > 100
 
 
