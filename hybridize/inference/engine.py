@@ -29,7 +29,7 @@ _CHANGES_WITH_LENGTH = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class EngineSnapshot:
     """All that an engine's rows hold, copied."""
 
     tensors: dict[str, Tensor]
@@ -290,14 +290,14 @@ class Engine:
             self.texts = [list(self.texts[row]) for row in rows]
 
     @torch.no_grad()
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> EngineSnapshot:
         """A copy of all rows, to come back to."""
         tensors = {name: tensor.clone() for name, tensor in self.states.named()}
         texts = None if self.texts is None else [list(text) for text in self.texts]
-        return Snapshot(tensors, self.logits.clone(), list(self.lengths), texts)
+        return EngineSnapshot(tensors, self.logits.clone(), list(self.lengths), texts)
 
     @torch.no_grad()
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: EngineSnapshot) -> None:
         """Every row is again as it was, bit for bit; nothing changes its place."""
         for name, tensor in self.states.named():
             tensor.copy_(snapshot.tensors[name])

@@ -19,7 +19,7 @@ from hybridize.inference.states import States
 
 Texts = Sequence[Sequence[int]]
 WORTH_RECORDING = 6
-"""Equal pieces of one text; to record one costs as much as to read three."""
+"""Equal pieces of one text; before one is recorded it is run twice, for nothing."""
 
 
 class Reader:
