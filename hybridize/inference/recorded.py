@@ -21,7 +21,7 @@ class Recorded:
     """
 
     def __init__(
-        self, run: Callable[[], None], device: torch.device, idle: Callable[[], None], *, enabled: bool = True
+        self, run: Callable[[], None], device: torch.device, idle: Callable[[], object], *, enabled: bool = True
     ) -> None:
         self._run, self._idle = run, idle
         self._records = enabled and device.type == "cuda"

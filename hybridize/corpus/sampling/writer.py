@@ -18,11 +18,11 @@ from torch import Tensor
 from hybridize.corpus.sampling.caches import IMPLEMENTATION, RowCaches
 from hybridize.corpus.sampling.choice import Sampling, choose
 from hybridize.families import family_of_config
+from hybridize.inference.recorded import Recorded
 from hybridize.model.training_form import enter
 
 STEPS = 256
 """Steps between two looks at what was written."""
-_WARM_UP_STEPS = 3
 _CHANGES_WITH_LENGTH = {"dynamic", "longrope"}
 """Rotary positions that look at the longest text of every step: no graph can hold that."""
 
@@ -77,9 +77,10 @@ class Writer:
         self._next_opening = torch.zeros(STEPS, batch, **integers)
         self._written = torch.zeros(STEPS, batch, **integers)
         self._ended = torch.zeros(STEPS, batch, dtype=torch.bool, device=device)
-        self._graph: Any = None
         model.set_attn_implementation(IMPLEMENTATION)
         enter(model)
+        # Every text begins anew after the steps that compile kernels: there is nothing to leave as it was.
+        self._recorded_step = Recorded(self.step, device, lambda: None, enabled=self._holds_in_a_graph())
 
     @torch.inference_mode()
     def write(self, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -88,18 +89,14 @@ class Writer:
         Yields:
             For up to `STEPS` steps at a time, the tokens [steps, B] int64 and whether a text ends with them (bool).
         """
-        if self._device.type == "cuda" and self._graph is None and self._holds_in_a_graph():
-            self._record()
+        self._recorded_step.prepare()
         self._begin()
         for start in range(0, steps, STEPS):
             count = min(STEPS, steps - start)
             self._draw(self._uniform, self._next_opening)
             self._step_number.zero_()
             for _ in range(count):
-                if self._graph is not None:
-                    self._graph.replay()
-                else:
-                    self.step()
+                self._recorded_step()
             # Copies: on a CPU the next steps would write over what was yielded.
             yield self._written[:count].cpu().numpy().copy(), self._ended[:count].cpu().numpy().copy()
 
@@ -147,16 +144,3 @@ class Writer:
 
     def _holds_in_a_graph(self) -> bool:
         return getattr(self.model.model.rotary_emb, "rope_type", "default") not in _CHANGES_WITH_LENGTH
-
-    def _record(self) -> None:
-        """Records a step. It is run before, so that kernels are compiled and memory is there."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_STEPS):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.step()
-        self._graph = graph

@@ -21,6 +21,7 @@ from hybridize.errors import UsageError
 from hybridize.families import family
 from hybridize.inference.bench.dense_attention import IMPLEMENTATION, Slots
 from hybridize.inference.bench.errors import is_out_of_memory
+from hybridize.inference.recorded import Recorded
 from hybridize.model.training_form import leave
 
 Attention = Literal["cudnn", "flash"]
@@ -31,7 +32,6 @@ _BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION],
 }
 """In order: the second where the first has no kernel for a shape."""
-_WARM_STEPS = 3
 
 
 class DenseBaseline:
@@ -65,7 +65,7 @@ class DenseBaseline:
         # Addresses that a captured step knows: they are written, never replaced.
         self._next = torch.zeros(batch, 1, dtype=torch.long, device=self._device)
         self._position = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Recorded | None = None
         self._captured_at = -1
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class DenseBaseline:
             self._capture()
         assert self._graph is not None
         for _ in range(steps):
-            self._graph.replay()
+            self._graph()
 
     @torch.no_grad()
     def write(self, steps: int) -> Tensor:
@@ -181,17 +181,9 @@ class DenseBaseline:
         if self._compiled:
             torch._dynamo.reset()  # another length is another graph; past a limit dynamo would stop compiling
         following = self._next.clone()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_STEPS):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._next.copy_(following)
-        self._graph, self._captured_at = graph, self.filled
+        recorded = Recorded(self._step, self._device, lambda: self._next.copy_(following))
+        recorded.prepare()
+        self._graph, self._captured_at = recorded, self.filled
 
     def _show(self, end: int) -> None:
         """What the next pass writes lies between `filled` and `end`, and it sees the slots before `end`."""
