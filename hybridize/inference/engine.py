@@ -256,7 +256,7 @@ class Engine:
         active = self._active
         with early_launches():
             logits = self._decoder.step(self._tokens, torch.where(active, self._positions, -1))
-        self.logits.copy_(torch.where(active[:, None], logits, self.logits))
+        torch.where(active[:, None], logits, self.logits, out=self.logits)
         self._positions.add_(active)
 
     def _rest(self) -> None:

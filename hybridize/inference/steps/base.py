@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class FusedLinear:
         return torch.split(y[:, None, : sum(self.sizes)], self.sizes, dim=-1)
 
 
-class AttentionStep:
+class AttentionStep(ABC):
     """From a layer's projections to its heads' outputs.
 
     Attributes:
@@ -96,6 +97,7 @@ class AttentionStep:
         """What else reads the layer's input."""
         return ()
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, own: Sequence[Tensor], moment: Moment) -> Tensor:
         """Takes the token into the state and attends from it.
 
@@ -106,7 +108,6 @@ class AttentionStep:
         Returns:
             [B, 1, HQ, D].
         """
-        raise NotImplementedError
 
     def __call__(self, x: Tensor, norm: Any, moment: Moment) -> Tensor:
         """x [B, width], the residual stream -> the same with what attention adds to it; x is lost."""

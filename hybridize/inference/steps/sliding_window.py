@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -28,4 +29,9 @@ class SlidingWindowStep(AttentionStep):
             scale=self.scale,
             workspace=state.workspace,
             rotary=moment.rotary,
+            **self.retained(),
         )
+
+    def retained(self) -> dict[str, Any]:
+        """What says which tokens stay, by the op's names; nothing: the sinks alone."""
+        return {}

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hybridize.inference.states import States
-from hybridize.inference.steps.base import AttentionStep, Moment
+from hybridize.inference.steps.base import Moment
+from hybridize.inference.steps.sliding_window import SlidingWindowStep
 from hybridize.mixers.parts.retention_mixer import SCORE_GRID
-from hybridize_kernels import retained_decode, retention_scores_step
+from hybridize_kernels import retention_scores_step
 
 
-class TokenEvictionStep(AttentionStep):
+class TokenEvictionStep(SlidingWindowStep):
     """See the module.
 
     Attributes:
@@ -38,25 +39,11 @@ class TokenEvictionStep(AttentionStep):
         return bool(attention.config.margin_tokens > 0)  # else a step reads the score that it makes
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, own: Sequence[Tensor], moment: Moment) -> Tensor:
-        state, config = self.state, self.attention.config
         self.keys, self.values = k, v
-        return retained_decode(
-            q,
-            k,
-            v,
-            state["keys"],
-            state["values"],
-            state["last_position"],
-            window=config.window_tokens,
-            sinks=config.sink_tokens,
-            positions=moment.positions,
-            scale=self.scale,
-            scores=state["scores"],
-            retained_positions=state["retained_positions"],
-            num_retained=state["num_retained"],
-            workspace=state.workspace,
-            rotary=moment.rotary,
-        )
+        return super().attend(q, k, v, own, moment)
+
+    def retained(self) -> dict[str, Any]:
+        return {name: self.state[name] for name in ("scores", "retained_positions", "num_retained")}
 
 
 class Scoring:

@@ -6,8 +6,8 @@ operations instead of a few a layer.
 This file imports nothing but torch and the scorer's eager form.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -44,10 +44,28 @@ def retention_scores_step(
     position = positions.long().view(-1)
     real = position >= 0
     final = position - margin
-    arguments = k, v, history, weights, biases, output_weight, output_bias
-    options: dict[str, Any] = {"num_new": real.long(), "num_before": position.clamp(min=0), "dilation": dilation}
-    together = k.shape[1] == 1 and weights[0].shape[1] == k.shape[2]
-    x = _of_all_layers(*arguments, options) if together else _layer_by_layer(*arguments, options)
+    num_new, num_before = real.long(), position.clamp(min=0)
+
+    def logits(k: Tensor, v: Tensor, history: Tensor, of_layers: Callable[[Tensor], Tensor]) -> Tensor:
+        """`[B, heads]` of a layer, or of several as one; the history is written in place."""
+        return token_scorer_step(
+            k[:, None],
+            v[:, None],
+            history,
+            num_new,
+            num_before,
+            [of_layers(weight) for weight in weights],
+            [of_layers(bias) for bias in biases],
+            of_layers(output_weight),
+            of_layers(output_bias),
+            dilation=dilation,
+        )[:, 0]
+
+    if k.shape[1] == 1 and weights[0].shape[1] == k.shape[2]:
+        keys, values, inputs = (x.reshape(1, -1, x.shape[-1]) for x in (k, v, history))  # of the history a view
+        x = logits(keys, values, inputs, lambda parameter: parameter.flatten(0, 1)).view(k.shape[:3])
+    else:
+        x = torch.stack([logits(k[n], v[n], history[n], itemgetter(n)) for n in range(len(k))])
     if threshold is not None:
         x = x - threshold[:, None]
     value = torch.sigmoid(x) - 0.5 if score == "sigmoid" else torch.relu(x)
@@ -55,54 +73,3 @@ def retention_scores_step(
     slot = (final % window)[:, None, None].expand(*scores.shape[:3], 1)
     written = (real & (final >= 0))[:, None, None]
     scores.scatter_(3, slot, torch.where(written, fresh, scores.gather(3, slot)))
-
-
-def _layer_by_layer(
-    k: Tensor,
-    v: Tensor,
-    history: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    output_weight: Tensor,
-    output_bias: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
-    """The logits `[L, B, H]`; the history is written in place."""
-    logits = [
-        token_scorer_step(
-            k[layer, :, None],
-            v[layer, :, None],
-            history[layer],
-            weights=[weight[layer] for weight in weights],
-            biases=[bias[layer] for bias in biases],
-            output_weight=output_weight[layer],
-            output_bias=output_bias[layer],
-            **options,
-        )[:, 0]
-        for layer in range(len(k))
-    ]
-    return torch.stack(logits)
-
-
-def _of_all_layers(
-    k: Tensor,
-    v: Tensor,
-    history: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    output_weight: Tensor,
-    output_bias: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
-    """The same for one row and scorers that no heads share; the history `[L, 1, H, width]` is that of L · H heads."""
-    logits = token_scorer_step(
-        k.reshape(1, 1, -1, k.shape[-1]),
-        v.reshape(1, 1, -1, v.shape[-1]),
-        history.view(1, -1, history.shape[-1]),
-        weights=[weight.flatten(0, 1) for weight in weights],
-        biases=[bias.flatten(0, 1) for bias in biases],
-        output_weight=output_weight.flatten(0, 1),
-        output_bias=output_bias.flatten(0, 1),
-        **options,
-    )
-    return logits.view(k.shape[:3])
