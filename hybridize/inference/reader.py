@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridize.inference.decoder import Decoder
-from hybridize.inference.reading import Piece, pieces
+from hybridize.inference.pieces import Piece, pieces
 from hybridize.inference.recorded import Recorded
 from hybridize.inference.states import States
 

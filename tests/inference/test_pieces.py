@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridize.inference.reading import PADDED_TOKENS, pieces
+from hybridize.inference.pieces import PADDED_TOKENS, pieces
 
 ROWS = st.lists(st.tuples(st.integers(0, 700), st.integers(0, 3)), min_size=1, max_size=6)
 

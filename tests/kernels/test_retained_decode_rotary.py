@@ -22,8 +22,10 @@ def tables_of(rows: int, size: int, dtype: torch.dtype, device: str) -> tuple[Te
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
-def empty_cache(batch: int, heads: int, size: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    rows, slots = (batch, heads), WINDOW + BUDGET
+def empty_cache(
+    batch: int, heads: int, size: int, dtype: torch.dtype, device: str, window: int = WINDOW
+) -> dict[str, Tensor]:
+    rows, slots = (batch, heads), window + BUDGET
     cache = {
         "keys": torch.zeros(*rows, slots, size, dtype=dtype),
         "values": torch.zeros(*rows, slots, size, dtype=dtype),
@@ -54,11 +56,12 @@ def assert_steps_rotate_as_the_op(
     rotated: int = 16,
     shared: bool = False,
     batch: int = 2,
+    window: int = WINDOW,
     steps: int = 14,
     device: str = "cpu",
 ) -> None:
     """Outputs and caches of steps that rotate, against the op `rotary` before each step; q, k and v are one tensor."""
-    own, expected = (empty_cache(batch, heads, size, dtype, device) for _ in range(2))
+    own, expected = (empty_cache(batch, heads, size, dtype, device, window) for _ in range(2))
     for step in range(steps):
         projection = torch.randn(batch, 1, (group + 2) * heads * size).to(device, dtype)
         q, k, v = projection.unflatten(-1, (-1, size)).split((group * heads, heads, heads), dim=2)
@@ -66,7 +69,7 @@ def assert_steps_rotate_as_the_op(
         cos, sin = tables_of(1 if shared else batch, rotated, table_dtype, device)
         positions = torch.full((batch, 1), step, device=device)
         options: dict[str, Any] = {
-            "window": WINDOW,
+            "window": window,
             "sinks": SINKS,
             "positions": positions,
             "fresh_score": torch.randn(batch, heads, device=device),
@@ -104,11 +107,11 @@ def test_a_step_rotates_as_the_op_does(
 
 
 def test_every_split_rotates(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel_device != "cpu":
-        pytest.skip("so few slots make no tile of a GPU's matrix product; the engine's tests have splits there")
-    monkeypatch.setenv(kernel.SETTINGS_VARIABLE, "2,4,2,16")
-    assert kernel.num_splits(empty_cache(2, 2, 16, torch.float32, "cpu")["keys"]) > 1
-    assert_steps_rotate_as_the_op("triton", torch.float32, torch.float32, group=2, rotated=12, device=kernel_device)
+    """Of 16 slots each, the fewest of a GPU's matrix product."""
+    monkeypatch.setenv(kernel.SETTINGS_VARIABLE, "16,4,2,16")
+    assert kernel.num_splits(empty_cache(2, 2, 16, torch.float32, "cpu", window=36)["keys"]) == 3
+    options: dict[str, Any] = {"group": 2, "rotated": 12, "window": 36, "steps": 44, "device": kernel_device}
+    assert_steps_rotate_as_the_op("triton", torch.float32, torch.float32, **options)
 
 
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
