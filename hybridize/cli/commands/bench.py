@@ -24,7 +24,7 @@ from hybridize.cli.options import dtype_option
 @click.option("--alone", is_flag=True, help="Measure the model without a teacher.")
 @click.option("--context", metavar="TOKENS,...", help="Default: 1k,8k,32k on a GPU, 128,512 on a CPU.")
 @click.option("--batch", metavar="SEQUENCES,...", help="Default: 1,16 on a GPU, 1 on a CPU.")
-@click.option("--chunk-tokens", metavar="TOKENS", default="8k", show_default=True, help="Read at once in prefill.")
+@click.option("--chunk-tokens", metavar="TOKENS", help="Read at once in prefill. Default: 8k on a GPU, 1k on a CPU.")
 @click.option(
     "--engine-teacher/--no-engine-teacher", default=True, help="Measure the teacher in our engine, too (default)."
 )
@@ -39,7 +39,7 @@ def command(
     alone: bool,
     context: str | None,
     batch: str | None,
-    chunk_tokens: str,
+    chunk_tokens: str | None,
     engine_teacher: bool,
     compiled: bool,
     seed: int,
@@ -55,7 +55,7 @@ def command(
 
     contexts = counts(context, "--context") if context else ()
     batches = counts(batch, "--batch") if batch else ()
-    chunk = counts(chunk_tokens, "--chunk-tokens")
+    chunk = counts(chunk_tokens, "--chunk-tokens") if chunk_tokens else (None,)
     if len(chunk) != 1:
         raise UsageError("more than one number.", where="--chunk-tokens", hint="Give one, such as 8k.")
     if min((2, *contexts)) < 2:
