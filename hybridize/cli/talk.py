@@ -107,12 +107,13 @@ class Talker:
         if self._rendered:
             hint = "Add --chat, or read the text without it."
             raise UsageError("the saved state is that of a conversation.", where="--state", hint=hint)
-        if write:
-            self.output.write(prompt)
         if self._saved is not None:
             tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         else:
             tokens = prompt_ids(self.tokenizer, prompt)
+        self._prepare(self._needed(tokens, write))
+        if write:
+            self.output.write(prompt)
         said, _ = self._go_on(tokens, write=write)
         return said
 
@@ -174,6 +175,9 @@ class Talker:
         if self._saved is not None:
             self._engine.load(self._saved)
 
+    def _needed(self, tokens: Sequence[int], write: bool) -> int:
+        return len(tokens) + (self.talking.max_new_tokens if write else 0)
+
     def _go_on(self, tokens: Sequence[int], *, write: bool, chat: bool = False) -> tuple[dict[str, Any], str]:
         """Reads tokens and, if it is to write, writes an answer; also returns that with its special tokens."""
         from transformers import TextStreamer
@@ -186,7 +190,7 @@ class Talker:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 output.write(text + ("\n" if stream_end else ""))
 
-        needed = len(tokens) + (self.talking.max_new_tokens if write else 0)
+        needed = self._needed(tokens, write)
         self._prepare(needed, chat=chat)
         self._engine.require_room([needed])  # before anything is read: a conversation without room stays as it is
         started = time.perf_counter()

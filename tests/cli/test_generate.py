@@ -100,7 +100,7 @@ def test_a_state_of_another_model_or_none_is_refused(
     options = ("--prompt", "the sea", "--max-new-tokens", 2, "-q")
     assert invoke("generate", chatty, *options, "--save-state", state).code == 0
     other = invoke("generate", project / "teacher", *options, "--state", state)
-    assert (other.code, "another model" in other.err) == (4, True)
+    assert (other.code, "another model" in other.err, other.out) == (4, True, "")
     none = invoke("generate", chatty, *options, "--state", tmp_path / "none")
     assert (none.code, "no such file" in none.err) == (4, True)
     empty = tmp_path / "empty.txt"
